@@ -1,0 +1,48 @@
+"""exapt: parameter shifts for distribution shifts. Adapt pretrained models, and know that it helped."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from exapt import methods as _methods
+from exapt.core.attach import (
+    Count, activate, adapters, after_step, attach, detach, disabled, parameter_count, penalty, trainable, using,
+)  # fmt: skip
+from exapt.core.calibrate import calibrate
+from exapt.core.contract import (
+    ActivationMethod, Columns, Entries, Method, OutputMethod, SideMethod, SubsetMethod, Taps, TokenMethod, WeightMethod,
+    Whole, frozen, seeded,
+)  # fmt: skip
+from exapt.core.errors import InputError
+from exapt.core.file import AdapterFile, fingerprint, load, read, save
+from exapt.core.merge import merge, merged, unmerge
+from exapt.core.registry import method, methods, register
+from exapt.core.routing import routed
+from exapt.core.sites import Site, sites
+
+__version__ = "0.1.0"
+
+_LAZY = {"fit": "exapt.train", "evaluate": "exapt.train", "predict": "exapt.train"}
+
+
+def __getattr__(name: str) -> Any:
+    """Finds methods by their class names, and the training verbs without importing them first."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    found = {cls.__name__: cls for cls in methods().values()}
+    if name in found:
+        return found[name]
+    raise AttributeError(f"module 'exapt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *(c.__name__ for c in methods().values())})
+
+
+__all__ = [
+    "ActivationMethod", "AdapterFile", "Columns", "Count", "Entries", "InputError", "Method", "OutputMethod", "SideMethod",
+    "Site", "SubsetMethod", "Taps", "TokenMethod", "WeightMethod", "Whole", "activate", "adapters", "after_step", "attach",
+    "calibrate", "detach", "disabled", "fingerprint", "frozen", "load", "merge", "merged", "method", "methods",
+    "parameter_count", "penalty", "read", "register", "routed", "save", "seeded", "sites", "trainable", "unmerge", "using",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Floor 0: sites, the contract, the registry, attach, detach and merge, and the adapter file."""

@@ -1,0 +1,443 @@
+"""The verbs that put adapters on a model and take them off: the base keeps its object, classes, keys and bits."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from exapt.core.contract import Method, SubsetMethod, Taps, Tensors, WeightMethod
+from exapt.core.errors import InputError, did_you_mean
+from exapt.core.sites import Site, Sites, Where, choose, sites, with_statistics
+from exapt.core.slots import HALF, Entry, Holder, Slots, refresh, selection, slots_of, usable
+
+Rules = Mapping[Any, Method]
+Statistics = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass
+class Adapter:
+    """What a model remembers of one adapter."""
+
+    name: str
+    rules: list[tuple[Method, list[str]]]
+    trainable: bool = True
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """What a model remembers of its adapters. One per model, reached from every adapted module."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    rows: tuple[str | None, ...] | None = None
+    whole: bool = False
+    taps: dict[str, Taps] = field(default_factory=dict)
+    grad: dict[str, bool] = field(default_factory=dict)
+
+
+def state_of(model: nn.Module, make: bool = False) -> State:
+    """Returns the model's state; with ``make`` starts one. Raises ``InputError`` if nothing is attached."""
+    slots = model._modules.get("exapt")
+    if isinstance(slots, Slots) and slots.is_root:
+        return slots.state
+    if not make:
+        raise InputError("no adapter is attached to this model; call attach(model, method) first")
+    if any(True for _ in slots_of(model)):
+        raise InputError("a part of this model carries adapters already; detach them, then attach to the whole model")
+    state = State(grad={n: p.requires_grad for n, p in model.named_parameters()})
+    _slots(model, state, is_root=True)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    return state
+
+
+def _slots(module: nn.Module, state: State, is_root: bool = False) -> Slots:
+    found = module._modules.get("exapt")
+    if isinstance(found, Slots):
+        return found
+    from exapt.core.layers import layers_of
+
+    main = next((layer for layer in layers_of(module) if layer.parameter == "weight"), None)
+    slots = Slots(state, type(module), main, is_root)
+    module._modules["exapt"] = slots
+    return slots
+
+
+def attach(
+    model: nn.Module,
+    method: Method | Rules,
+    where: Where | None = None,
+    name: str = "default",
+    *,
+    statistics: Statistics | None = None,
+    dtype: torch.dtype | None = None,
+    trainable: bool = True,
+    seed: int | None = None,
+) -> nn.Module:
+    """Puts an adapter on ``model``, in place, freezes the base and makes the adapter the active one.
+
+    Args:
+        model: Any module; it stays the same object with the same class, keys and call.
+        method: A method, or ``{where: method}`` for several under one name (a rank per site, a trained head).
+            A later rule does not touch what an earlier one of the same contract took.
+        where: Sites (see :func:`exapt.core.sites.choose`); by default the method's own choice.
+        name: The adapter's name: letters, digits, ``_`` and ``-``.
+        statistics: What :func:`exapt.calibrate` returned, for methods that declare ``needs``.
+        dtype: Type of the adapter's tensors; by default the base's, and fp32 over a base of half precision.
+        trainable: Whether the adapter's parameters ask for gradients while it is active.
+        seed: Seed of the initialisation; by default the global generator is used.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        InputError: if the name is taken or malformed, ``where`` matches nothing, or the method cannot serve a site.
+
+    >>> import exapt
+    >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), exapt.LoRA(rank=2))
+    >>> exapt.parameter_count(model)
+    Count(trainable=24, total=82)
+    """
+    rules: list[tuple[Any, Method]] = list(method.items()) if isinstance(method, Mapping) else [(where, method)]
+    for _, m in rules:
+        if not isinstance(m, Method):
+            raise InputError(f"attach needs a method such as exapt.LoRA(rank=8), not {m!r}")
+    if isinstance(method, Mapping) and where is not None:
+        raise InputError("attach was given both {where: method} and where=; put every place into the mapping")
+    state = start(model, name)
+    try:
+        with _seeded(seed):
+            plan = _plan(model, rules, statistics)
+            hang(model, state, name, plan, Fresh(dtype))
+    except BaseException:
+        remove(model, name, state)
+        raise
+    state.adapters[name].trainable = trainable
+    activate(model, name)
+    return model
+
+
+def start(model: nn.Module, name: str) -> State:
+    """The model's state, made if need be, after checking that ``name`` can be given to an adapter."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f'adapter name "{name}": use letters, digits, _ and - only')
+    if name in adapters(model):
+        raise InputError(f'an adapter "{name}" is attached already; give another name= or detach it first')
+    return state_of(model, make=True)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _plan(model: nn.Module, rules: Sequence[tuple[Any, Method]], statistics: Statistics | None) -> list[tuple[Method, Sites]]:
+    """Chooses the sites of every rule and checks them, before anything is changed."""
+    found = Sites(with_statistics(s, statistics) for s in sites(model))
+    taken: set[tuple[str, str]] = set()
+    plan = []
+    for where, method in rules:
+        chosen = choose(found, method.where if where is None else where, lambda s, m=method: usable(m, s))
+        chosen = Sites(s for s in _once(chosen, method) if (method.contract, s.name) not in taken)
+        taken |= {(method.contract, s.name) for s in chosen}
+        for site in chosen:
+            missing = [n for n in method.needs if n not in site.statistics]
+            if missing:
+                raise InputError(
+                    f"{method.key} needs the statistics {', '.join(missing)} of {site.name or '(model)'}: "
+                    "pass statistics=exapt.calibrate(model, batches, method, loss=...)"
+                )
+            method.check(site)
+        plan.append((method, chosen))
+    return plan
+
+
+def _once(chosen: Sites, method: Method) -> Sites:
+    """Drops sites whose parameter is tied to an earlier one's: a shift of a tied parameter is one shift."""
+    if method.contract not in ("weight", "subset"):
+        return chosen
+    seen: set[int] = set()
+    kept = Sites()
+    for s in chosen:
+        parameter = s.module._parameters.get(s.layer.parameter) if s.layer else None
+        if parameter is not None and id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        kept.append(s)
+    return kept
+
+
+class Fresh:
+    """Makes the tensors of a new adapter with the methods' own ``init`` and ``shared``."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+
+    def shared(self, number: int, method: Method, chosen: Sites) -> Holder | None:
+        """The tensors that the sites of one rule share."""
+        made = method.shared(chosen)
+        return Holder(made, chosen[0].device, self.dtype or _default_dtype(chosen[0])) if made else None
+
+    def site(self, number: int, method: Method, site: Site) -> tuple[Holder, dict[str, str]]:
+        """The tensors of one site, and for subset methods how each parameter was chosen from."""
+        tensors, how = made_tensors(method, site)
+        return Holder(tensors, site.device, self.dtype or _default_dtype(site)), how
+
+
+def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method, Sites]], source: Any) -> None:
+    """Hangs an adapter's tensors, from ``source``, under their modules."""
+    tied = _tied(model)
+    for number, (method, chosen) in enumerate(plan):
+        common = source.shared(number, method, chosen)
+        if common is not None:
+            model._modules["exapt"].add_module(f"{name}_shared_{number}", common)  # type: ignore[union-attr]
+        for i, site in enumerate(chosen):
+            holder, how = source.site(number, method, site)
+            slots = _slots(site.module, state)
+            key = name if site.name == site.module_name else f"{name}_{cast(Any, site.layer).parameter}"
+            slots.add_module(key if key not in slots._modules else f"{key}_{number}", holder)
+            entry = Entry(name, method, site.name, site.layer, holder, common, chosen=how, position=i, last=i == len(chosen) - 1)
+            entry.definition = _by_definition(method, site, model, how)
+            if method.contract in ("activation", "output") and site.role != "model":
+                entry.axis = site.axis
+            slots.entries.append(entry)
+            slots.chains.clear()
+            for parameter in entry.names():
+                _alias(site, parameter, tied, state)
+    state.adapters[name] = Adapter(name, [(m, [s.name for s in chosen]) for m, chosen in plan])
+
+
+def _default_dtype(site: Site) -> torch.dtype:
+    return torch.float32 if site.dtype in HALF or not site.dtype.is_floating_point else site.dtype
+
+
+def made_tensors(method: Method, site: Site) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of one site as the method makes them; for stacked experts one after the other, stacked."""
+    if isinstance(method, SubsetMethod):
+        return selection(method, site)
+    if site.layer is None or site.layer.stacked is None or method.contract != "weight":
+        return method.init(site), {}
+    each = [method.init(_expert(site, e)) for e in range(site.layer.stacked)]
+    stacked: Tensors = {}
+    for k, first in each[0].items():
+        value = torch.stack([t[k].detach() for t in each])
+        stacked[k] = nn.Buffer(value, persistent=cast(Any, first).persistent) if isinstance(first, nn.Buffer) else value
+    return stacked, {}
+
+
+class _ExpertSite(Site):
+    """One expert of a stacked weight, as ``init`` sees it."""
+
+    expert: int = 0
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight[self.expert]
+
+
+def _expert(site: Site, number: int) -> Site:
+    one = _ExpertSite(f"{site.name}.{number}", site.module, site.module_name, site.role, site.layer, site.statistics)
+    object.__setattr__(one, "expert", number)
+    return one
+
+
+def _by_definition(method: Method, site: Site, model: nn.Module, chosen: Mapping[str, str]) -> bool:
+    """Whether the method acts through the parameter at this site, because it or the site leaves no other way."""
+    if isinstance(method, SubsetMethod):
+        only_columns = set(chosen.values()) == {"columns"}
+        operates = site.layer is not None and site.layer.operates
+        return not (method.has_fast_path() and only_columns and operates) or _read_by_parent(site, model)
+    if not isinstance(method, WeightMethod):
+        return False
+    assert site.layer is not None
+    forced = not site.layer.operates or _read_by_parent(site, model)
+    if forced and method.needs_forward():
+        raise InputError(f"{method.key} with dropout cannot act on {site.name}: its weight is read as a parameter; set dropout=0 or leave it out of where=")
+    return forced or not method.has_fast_path()
+
+
+def _read_by_parent(site: Site, model: nn.Module) -> bool:
+    """nn.MultiheadAttention and nn.TransformerEncoderLayer read their children's parameters without calling them."""
+    parts = site.module_name.split(".")
+    for i in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:i]))
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and parent is not site.module:
+            return True
+    return False
+
+
+def _tied(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Modules that hold the same parameter, by its identity."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for parameter, value in module._parameters.items():
+            if value is not None:
+                holders.setdefault(id(value), []).append((module, parameter))
+    return {k: v for k, v in holders.items() if len(v) > 1}
+
+
+def _alias(site: Site, parameter: str, tied: Mapping[int, list[tuple[nn.Module, str]]], state: State) -> None:
+    """Lets every other holder of a tied parameter see the same shift."""
+    for module, name in tied.get(id(site.module._parameters[parameter]), ()):
+        if module is not site.module:
+            slots = _slots(module, state)
+            if not any(own == name for own, _ in slots.aliases):
+                slots.aliases.append((name, (site.module, parameter)))
+                slots.chains.clear()
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Makes exactly the named adapters active, in that order; none: the base model.
+
+    Of the adapters' parameters only the active, trainable ones ask for gradients.
+
+    Raises:
+        InputError: for a name that is not attached.
+    """
+    state = state_of(model)
+    for n in names:
+        if n not in state.adapters:
+            raise InputError(f'no adapter "{n}" on this model{did_you_mean(n, state.adapters)} (attached: {", ".join(state.adapters) or "none"})')
+    set_active(model, names)
+    set_gradients(model, names)
+
+
+def set_active(model: nn.Module, names: Sequence[str]) -> None:
+    """Brings every adapted module in line with the active adapters; gradients stay as they are."""
+    state_of(model).active = tuple(names)
+    for module, slots in list(slots_of(model)):
+        refresh(module, slots)
+
+
+def set_gradients(model: nn.Module, names: Sequence[str]) -> None:
+    """Lets exactly the named adapters' parameters ask for gradients, if they are trainable."""
+    state = state_of(model)
+    wanted = {n for n in names if state.adapters[n].trainable}
+    for _, slots in slots_of(model):
+        for e in slots.entries:
+            for holder in (e.holder, e.common):
+                if holder is not None:
+                    holder.requires_grad_(e.adapter in wanted)
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Within the block exactly the named adapters are active."""
+    before = state_of(model).active
+    activate(model, *names)
+    try:
+        yield model
+    finally:
+        activate(model, *before)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the base model runs alone."""
+    with using(model):
+        yield model
+
+
+def detach(model: nn.Module, *names: str) -> nn.Module:
+    """Removes the named adapters (all, if none is named). With the last one the model is what it was, bit for bit.
+
+    Raises:
+        InputError: for a name that is not attached.
+    """
+    state = state_of(model)
+    for n in names or tuple(state.adapters):
+        if n not in state.adapters:
+            raise InputError(f'no adapter "{n}" on this model{did_you_mean(n, state.adapters)} (attached: {", ".join(state.adapters)})')
+        remove(model, n, state)
+    return model
+
+
+def remove(model: nn.Module, name: str, state: State) -> None:
+    """Takes one adapter off, whole or half hung; with the last one the model is what it was."""
+    root = cast(Slots, model._modules["exapt"])
+    for key in [k for k in root._modules if k.startswith(f"{name}_shared_")]:
+        del root._modules[key]
+    for _, slots in list(slots_of(model)):
+        gone = {id(e.holder) for e in slots.entries if e.adapter == name}
+        slots.entries = [e for e in slots.entries if e.adapter != name]
+        for key in [k for k, m in slots._modules.items() if id(m) in gone]:
+            del slots._modules[key]
+        slots.chains.clear()
+    for _, slots in list(slots_of(model)):
+        slots.aliases = [a for a in slots.aliases if cast(Slots, a[1][0]._modules["exapt"]).entries]
+    state.adapters.pop(name, None)
+    state.active = tuple(n for n in state.active if n != name)
+    last = not state.adapters
+    root.is_root = not last
+    for module, slots in list(slots_of(model)):
+        refresh(module, slots)
+    if last:
+        for n, p in model.named_parameters():
+            p.requires_grad_(state.grad.get(n, p.requires_grad))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of parameters: those that train, and all, base and adapters together."""
+
+    trainable: int
+    total: int
+
+
+def parameter_count(model: nn.Module) -> Count:
+    """Counts trainable and all parameters; a packed 4-bit weight counts its unpacked entries."""
+    total = trainable = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        n = int(state.shape.numel()) if state is not None else p.numel()
+        total += n
+        trainable += n if p.requires_grad else 0
+    return Count(trainable, total)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that ask for gradients, by their names in the model."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the attached adapters."""
+    slots = model._modules.get("exapt")
+    return tuple(slots.state.adapters) if isinstance(slots, Slots) else ()
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """The sum of what the active adapters' methods add to the loss, or ``None``."""
+    total: Tensor | None = None
+    for module, slots in slots_of(model):
+        for e in slots.entries:
+            if e.adapter in slots.state.active and type(e.method).penalty is not Method.penalty:
+                w = e.layer.to_matrix(cast(Tensor, module._parameters[e.layer.parameter])) if e.layer else torch.empty(0)
+                term = e.method.penalty(e.tensors(), w)
+                if term is not None:
+                    total = term if total is None else total + term
+    return total
+
+
+def after_step(model: nn.Module, step: int, total: int) -> None:
+    """Tells the active adapters' methods that optimiser step ``step`` (from 1) of ``total`` is done."""
+    by_method: dict[tuple[str, Method], dict[str, Tensors]] = {}
+    for _, slots in slots_of(model):
+        for e in slots.entries:
+            if e.adapter in slots.state.active and type(e.method).on_step is not Method.on_step:
+                by_method.setdefault((e.adapter, e.method), {})[e.site_name] = e.tensors()
+    with torch.no_grad():
+        for (_, method), tensors in by_method.items():
+            method.on_step(tensors, step, total)

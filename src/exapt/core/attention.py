@@ -1,0 +1,231 @@
+"""Tokens in sequences and in attention: input embeddings, the transformers attention registry, nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exapt.core.errors import InputError
+
+if TYPE_CHECKING:
+    from exapt.core.slots import Chain, Entry, Slots
+
+INTERFACE = "exapt"
+
+
+def config_property() -> property:
+    """``module.config`` of an attention module with a prefix: a copy that names our attention function.
+
+    The model's own config stays as it is, so masks are made for the original implementation.
+    """
+
+    def get(self: nn.Module) -> Any:
+        _register()
+        own = self.__dict__["config"]
+        slots = cast("Slots", self._modules["exapt"])
+        cached = slots.__dict__.get("_prefixed_config")
+        if cached is None or cached[0] != own._attn_implementation:
+            changed = copy.copy(own)
+            changed._attn_implementation_internal = INTERFACE
+            cached = slots.__dict__["_prefixed_config"] = (own._attn_implementation, changed)
+        return cached[1]
+
+    def put(self: nn.Module, value: Any) -> None:
+        self.__dict__["config"] = value
+
+    return property(get, put)
+
+
+@functools.cache
+def _register() -> None:
+    from transformers import AttentionInterface  # type: ignore[import-not-found]
+
+    AttentionInterface.register(INTERFACE, _prefixed_attention)
+
+
+def _prefixed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """The model's own attention function, on keys and values with the prefix in front."""
+    slots = cast("Slots", module._modules["exapt"])
+    key, value, added = extend_keys(slots.chain.prefixes, key, value)
+    causal = kwargs.pop("is_causal", None)
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    mask = _widen(attention_mask, query, key, added, bool(causal))
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (added, 0))
+    return _original(module)(module, query, key, value, mask, is_causal=False, **kwargs)
+
+
+def _original(module: nn.Module) -> Callable[..., Any]:
+    from transformers import AttentionInterface
+
+    name = module.__dict__["config"]._attn_implementation
+    if name == "eager":
+        return cast(Callable[..., Any], sys.modules[type(module).__module__].eager_attention_forward)  # type: ignore[attr-defined]
+    if name != "sdpa":
+        raise InputError(f'prefixes need attention "sdpa" or "eager", this model has "{name}"; set attn_implementation when loading it')
+    return cast(Callable[..., Any], AttentionInterface()[name])
+
+
+def extend_keys(prefixes: tuple[Entry, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Keys and values (batch, heads, length, d_head) with every prefix in front, and how many tokens that added."""
+    length = key.shape[2]
+    for e in prefixes:
+        key, value = e.method.extend(e.tensors(key.dtype), key, value)
+    return key, value, key.shape[2] - length
+
+
+def _widen(mask: Tensor | None, query: Tensor, key: Tensor, added: int, causal: bool) -> Tensor | None:
+    """The mask with ``added`` columns in front that everyone sees; made if attention was causal without one."""
+    if mask is None and causal and query.shape[2] > 1:
+        rows, columns = query.shape[2], key.shape[2] - added
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)[None, None]
+    if mask is None:
+        return None
+    mask = mask[..., : key.shape[2] - added]
+    if mask.dtype == torch.bool:
+        return F.pad(mask, (added, 0), value=True)
+    return F.pad(mask, (added, 0), value=0.0)
+
+
+def attention_shape(module: nn.Module) -> tuple[int, int]:
+    """(key/value heads, dimensions of a head) of an attention module.
+
+    >>> attention_shape(nn.MultiheadAttention(8, 2))
+    (2, 4)
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return module.num_heads, module.head_dim
+    config = module.__dict__.get("config")
+
+    def first(*names: str) -> int | None:
+        for owner in (module, config):
+            for name in names:
+                if isinstance(getattr(owner, name, None), int):
+                    return int(getattr(owner, name))
+        return None
+
+    heads = first("num_key_value_heads") or first("num_heads", "n_heads", "num_attention_heads", "n_head")
+    size = first("head_dim", "attention_head_size", "key_value_proj_dim")
+    total = first("num_attention_heads", "num_heads", "n_heads", "n_head")
+    if size is None and total and first("hidden_size", "embed_dim", "n_embd"):
+        size = cast(int, first("hidden_size", "embed_dim", "n_embd")) // total
+    if config is None or heads is None or size is None:
+        raise InputError(f"{type(module).__name__} does not tell its heads; a prefix needs nn.MultiheadAttention or a transformers attention module")
+    return heads, size
+
+
+def prefixed_multihead(module: nn.MultiheadAttention, prefixes: tuple[Entry, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """nn.MultiheadAttention's forward with prefixes on its keys and values."""
+    given = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs)
+    given.apply_defaults()
+    a = given.arguments
+    q, k, v = a["query"], a["key"], a["value"]
+    if q.dim() != 3 or module.bias_k is not None or module.add_zero_attn:
+        raise InputError("a prefix on nn.MultiheadAttention needs batched inputs and neither add_bias_kv nor add_zero_attn")
+    if not module.batch_first:
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    heads = module.num_heads
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.chunk(3)
+    else:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    biases = module.in_proj_bias.chunk(3) if module.in_proj_bias is not None else (None, None, None)
+    q, k, v = (F.linear(t, w, b).unflatten(-1, (heads, -1)).transpose(1, 2) for t, w, b in zip((q, k, v), weights, biases, strict=True))
+    k, v, added = extend_keys(prefixes, k, v)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = scores + _multihead_mask(a, q, k.shape[2] - added, added)
+    weights_ = F.dropout(scores.softmax(-1), module.dropout, module.training)
+    h = (weights_ @ v).transpose(1, 2).flatten(2)
+    h = module.out_proj(h)
+    shown = None
+    if a["need_weights"]:
+        shown = weights_.mean(1) if a["average_attn_weights"] else weights_
+    return (h if module.batch_first else h.transpose(0, 1)), shown
+
+
+def _multihead_mask(a: dict[str, Any], q: Tensor, length: int, added: int) -> Tensor:
+    mask = q.new_zeros(q.shape[0], 1, 1, length)
+    for given in (a["key_padding_mask"], a["attn_mask"]):
+        if given is None:
+            continue
+        extra = torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf) if given.dtype == torch.bool else given.to(q.dtype)
+        if given is a["key_padding_mask"]:
+            extra = extra[:, None, None, :]
+        elif extra.dim() == 3:
+            extra = extra.unflatten(0, (q.shape[0], -1))
+        mask = mask + extra
+    return F.pad(mask, (added, 0))
+
+
+def block_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
+    """The attention mask that a block was called with, and whether its attention is causal."""
+    slots = cast("Slots", module._modules["exapt"])
+    try:
+        given = inspect.signature(slots.base_class.forward).bind_partial(module, *args, **kwargs).arguments
+    except TypeError:
+        given = dict(kwargs)
+    given = {**given, **given.get("kwargs", {})}
+    mask = given.get("attention_mask", given.get("src_mask"))
+    causal = bool(given.get("is_causal")) or any(getattr(m, "is_causal", False) is True for m in module.modules())
+    padding = given.get("src_key_padding_mask")
+    if padding is not None:
+        mask = ~padding[:, None, None, :] if padding.dtype == torch.bool else padding[:, None, None, :]
+    return mask, causal
+
+
+def run_prompted(slots: Slots, module: nn.Module, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A transformers model's forward with prompts in front of its embedded tokens; outputs keep the caller's length."""
+    given = inspect.signature(slots.base_class.forward).bind_partial(module, *args, **kwargs).arguments
+    given = {**given, **given.pop("kwargs", {})}
+    given.pop("self", None)
+    ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+    if embedded is None:
+        if ids is None or not callable(getattr(module, "get_input_embeddings", None)):
+            raise InputError("prompt tokens need a transformers model called with input_ids or inputs_embeds")
+        embedded = module.get_input_embeddings()(ids)
+    length, cached = embedded.shape[1], _cached_length(given.get("past_key_values"))
+    longer = embedded
+    for e in chain.tokens:
+        (longer,) = e.method.extend(e.tensors(longer.dtype), longer)
+    added = longer.shape[1] - length
+    if cached:
+        longer = embedded  # the prompt is in the cache already
+    given["inputs_embeds"] = longer
+    if given.get("attention_mask") is not None and given["attention_mask"].dim() == 2:
+        given["attention_mask"] = F.pad(given["attention_mask"], (added, 0), value=1)
+    if given.get("position_ids") is not None:
+        shifted = given["position_ids"] + added
+        first = torch.arange(added, device=shifted.device).expand(shifted.shape[0], -1)
+        given["position_ids"] = shifted if cached else torch.cat([first, shifted], 1)
+    given.pop("cache_position", None)
+    if given.get("token_type_ids") is not None:
+        given["token_type_ids"] = F.pad(given["token_type_ids"], (added, 0))
+    labels = given.get("labels")
+    if labels is not None and labels.dim() == 2 and labels.shape[1] == length and not cached:
+        given["labels"] = F.pad(labels, (added, 0), value=-100)
+    return _shorten(slots.base_class.forward(module, **given), longer.shape[1], added if not cached else 0)
+
+
+def _cached_length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _shorten(y: Any, length: int, added: int) -> Any:
+    """Drops the prompt's positions from every output along the sequence."""
+    if isinstance(y, Tensor):
+        return y[:, added:] if added and y.dim() == 3 and y.shape[1] == length else y
+    if isinstance(y, dict):
+        return type(y)(**{k: _shorten(v, length, added) for k, v in y.items()})
+    if type(y) in (tuple, list):
+        return type(y)(_shorten(v, length, added) for v in y)
+    return y

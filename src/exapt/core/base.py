@@ -1,0 +1,118 @@
+"""What a weight method's fast path sees of the frozen layer, and the one autograd function of low-rank updates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exapt.core.layers import dense, is_quantised
+
+if TYPE_CHECKING:
+    from exapt.core.slots import Entry, Slots
+
+
+class LowRank(torch.autograd.Function):
+    r"""Computes :math:`y + s\, B (A x)` keeping only ``x`` for the backward pass.
+
+    The intermediate :math:`A x` is made again in backward (rank times one column of work), and the product is added to
+    ``y`` in the same call that computes it, so that no tensor of the output's size is held twice.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        h = x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.to(x.dtype).T, alpha=scale).view(y.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, A, B, ctx.scale = inputs
+        ctx.save_for_backward(x, A, B)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dh = (flat_dy @ b) * ctx.scale
+        dx = (dh @ a).view(x.shape) if ctx.needs_input_grad[1] else None
+        da = (dh.T @ flat_x).to(A.dtype) if ctx.needs_input_grad[2] else None
+        db = ((flat_dy.T @ (flat_x @ a.T)) * ctx.scale).to(B.dtype) if ctx.needs_input_grad[3] else None
+        return dy, dx, da, db, None
+
+
+class Base:
+    """The layer below a method: frozen, quantised or not, with the methods attached before it already in effect.
+
+    ``base(x)`` runs it. ``base.apply(M, x)`` is its operation with matrix ``M`` (m, d_in) in place of ``W`` and no bias
+    (product, convolution with its stride, padding and dilation, look-up). ``base.out(M, h)`` multiplies the feature axis by
+    ``M`` (d_out, m).
+    """
+
+    __slots__ = ("entries", "module", "rest", "slots")
+
+    def __init__(self, module: Any, slots: Slots, entries: tuple[Entry, ...], rest: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        self.module, self.slots, self.entries, self.rest = module, slots, entries, rest
+
+    def __call__(self, x: Tensor) -> Tensor:
+        args, kwargs = self.rest
+        if not self.entries:
+            return self.slots.frozen_forward(self.module, x, *args, **kwargs)
+        return self.entries[-1].forward(x, Base(self.module, self.slots, self.entries[:-1], self.rest))
+
+    def apply(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """The layer's operation with ``matrix`` (m, d_in) and no bias."""
+        return self.slots.layer.apply(self.module, x, matrix, *self.rest[0], **self.rest[1])
+
+    def out(self, matrix: Tensor, h: Tensor) -> Tensor:
+        """Multiplies the feature axis of ``h`` by ``matrix`` (d_out, m)."""
+        return self.slots.layer.out(matrix, h)
+
+    def scale(self, v: Tensor, h: Tensor) -> Tensor:
+        """Multiplies the feature axis of ``h`` (an input or an output) by the vector ``v``."""
+        return self.slots.layer.scale(v, h)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, low_rank_x: Tensor | None = None) -> Tensor:
+        """Returns ``base(x) + scale * B (A x)``, keeping as little as possible for backward.
+
+        Args:
+            x: Input of the layer.
+            A: (r, d_in).
+            B: (d_out, r).
+            scale: Factor.
+            low_rank_x: Input of the low-rank part where it differs (dropout).
+        """
+        y = self(x)
+        inner = x if low_rank_x is None else low_rank_x
+        if self.slots.layer.kind in ("linear", "conv1d_hf") and y.is_contiguous():
+            return LowRank.apply(y, inner.to(y.dtype), A, B, scale)
+        return y + scale * self.out(B.to(y.dtype), self.apply(A.to(y.dtype), inner))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix ``W`` (d_out, d_in) below this method, dequantised if need be."""
+        return self.slots.matrix(self.module, self.entries)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias below this method."""
+        return self.slots.bias(self.module, self.entries)
+
+    @property
+    def kind(self) -> str:
+        """Kind of layer: linear, conv1d_hf, embedding, conv, conv_transposed."""
+        return self.slots.layer.kind
+
+    @property
+    def training(self) -> bool:
+        """Whether the module is in training mode."""
+        return bool(self.module.training)
+
+
+def plain(weight: Tensor) -> Tensor:
+    """The stored weight, dequantised if it is quantised."""
+    return dense(weight) if is_quantised(weight) else weight

@@ -1,0 +1,148 @@
+"""One pass over a few batches, collecting only the statistics that a method declares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exapt.core.contract import Method
+from exapt.core.errors import InputError, did_you_mean
+from exapt.core.sites import Site, Sites, Where, choose, sites
+from exapt.core.slots import first_tensor, usable
+
+FORWARD = ("input_mean", "input_covariance", "output_mean", "output_covariance")
+BACKWARD = ("gradient", "fisher")
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: Method,
+    where: Where | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    r"""Collects what ``method.needs`` declares, for the sites it would be attached to, in one pass.
+
+    Statistics: ``input_mean`` :math:`E[x]`, ``input_covariance`` :math:`E[xx^T]` (uncentred, over all positions),
+    ``output_mean``, ``output_covariance``; ``gradient`` :math:`E[\nabla\ell]` and ``fisher``
+    :math:`E[(\nabla\ell)^2]` with one gradient per example (batches are split into rows), for every parameter of a site,
+    under ``gradient.weight`` and so on and, for the weight, also under the bare name.
+
+    Args:
+        model: The base model; it is left as it was (mode, gradients, parameters).
+        batches: Mappings of keyword arguments, tuples of positional ones, or tensors.
+        method: The method whose ``needs`` are read.
+        where: As for :func:`exapt.attach`.
+        loss: ``loss(model, batch)``, a scalar; needed for gradients. By default ``model(**batch).loss``.
+
+    Returns:
+        ``{site: {statistic: tensor}}``, for ``attach(..., statistics=...)``.
+    """
+    unknown = [n for n in method.needs if n not in FORWARD + BACKWARD]
+    if unknown:
+        raise InputError(f"{method.key} needs {unknown[0]!r}, which calibrate does not collect{did_you_mean(unknown[0], FORWARD + BACKWARD)}")
+    chosen = choose(sites(model), method.where if where is None else where, lambda s: usable(method, s))
+    before = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
+    training = {n: m.training for n, m in model.named_modules()}
+    model.eval()
+    try:
+        return _pass(model, batches, method.needs, chosen, loss)
+    finally:
+        for n, p in model.named_parameters():
+            p.requires_grad_(before[n][0])
+            p.grad = before[n][1]
+        for n, m in model.named_modules():
+            m.training = training[n]
+
+
+def _pass(model: nn.Module, batches: Iterable[Any], needs: tuple[str, ...], chosen: Sites, loss: Any) -> dict[str, dict[str, Tensor]]:
+    backward = [n for n in needs if n in BACKWARD]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    sums: dict[str, dict[str, Tensor]] = {s.name: {} for s in chosen}
+    counts: dict[str, int] = {}
+    hooks = [s.module.register_forward_hook(_observer(s, needs, sums[s.name], counts), with_kwargs=True) for s in chosen if set(needs) & set(FORWARD)]
+    rows = 0
+    try:
+        for batch in batches:
+            for part in _rows(batch) if backward else [batch]:
+                rows += 1
+                if backward:
+                    _gradients(model, part, chosen, backward, sums, loss)
+                else:
+                    with torch.no_grad():
+                        run(model, part)
+    finally:
+        for h in hooks:
+            h.remove()
+    if rows == 0:
+        raise InputError("calibrate was given no batches")
+    for s in chosen:
+        for k in sums[s.name]:
+            sums[s.name][k] /= rows if k.split(".")[0] in BACKWARD else counts[s.name]
+        for n in backward:
+            parameter = s.layer.parameter if s.layer else "weight"
+            if f"{n}.{parameter}" in sums[s.name]:
+                sums[s.name][n] = sums[s.name][f"{n}.{parameter}"]
+            else:
+                sums[s.name].setdefault(n, torch.zeros(0))
+    return sums
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Calls a model with a batch: a mapping by keyword, a tuple or list by position, a tensor alone."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _rows(batch: Any) -> list[Any]:
+    """Splits a batch into batches of one row."""
+    tensors = list(batch.values()) if isinstance(batch, Mapping) else list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    size = next(t.shape[0] for t in tensors if isinstance(t, Tensor) and t.dim() > 0)
+
+    def row(v: Any, i: int) -> Any:
+        return v[i : i + 1] if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == size else v
+
+    if isinstance(batch, Mapping):
+        return [{k: row(v, i) for k, v in batch.items()} for i in range(size)]
+    if isinstance(batch, (tuple, list)):
+        return [tuple(row(v, i) for v in batch) for i in range(size)]
+    return [row(batch, i) for i in range(size)]
+
+
+def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _observer(site: Site, needs: tuple[str, ...], sums: dict[str, Tensor], counts: dict[str, int]) -> Any:
+    def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen = {"input": first_tensor(args, kwargs), "output": first_tensor((output,), {})}
+        for side, t in seen.items():
+            axis = site.axis if site.axis != -1 and t.dim() >= -site.axis else -1
+            flat = t.detach().movedim(axis, -1).flatten(0, -2).float()
+            if f"{side}_mean" in needs:
+                _add(sums, f"{side}_mean", flat.sum(0))
+            if f"{side}_covariance" in needs:
+                _add(sums, f"{side}_covariance", flat.T @ flat)
+            if side == ("input" if any(n.startswith("input") for n in needs) else "output"):
+                counts[site.name] = counts.get(site.name, 0) + flat.shape[0]
+
+    return observe
+
+
+def _gradients(model: nn.Module, batch: Any, chosen: Sites, kinds: list[str], sums: dict[str, dict[str, Tensor]], loss: Any) -> None:
+    wanted = {(s.name, k): p for s in chosen for k, p in s.module._parameters.items() if p is not None and p.is_floating_point()}
+    for p in wanted.values():
+        p.requires_grad_(True)
+    value = loss(model, batch) if loss is not None else getattr(run(model, batch), "loss", None)
+    if value is None:
+        raise InputError("calibrate needs a loss for gradients: pass loss=lambda model, batch: ..., or labels in the batch")
+    grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+    for ((name, k), p), g in zip(wanted.items(), grads, strict=True):
+        g = torch.zeros_like(p) if g is None else g.detach()
+        for kind in kinds:
+            _add(sums[name], f"{kind}.{k}", g.square() if kind == "fisher" else g)

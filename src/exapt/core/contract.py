@@ -1,0 +1,233 @@
+"""The contracts: what a method must say of itself. A method knows only shapes and maths.
+
+Names, freezing, devices, dtypes, several adapters, merging, saving, batching, sharding and quantised bases are written
+once, in :mod:`exapt.core`, for every method. A method is a frozen dataclass whose fields are at once its configuration,
+its JSON, its command-line flags and its documentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from exapt.core.base import Base
+    from exapt.core.sites import Site
+
+Tensors = dict[str, Tensor]
+
+
+def seeded(seed: int, *names: str) -> torch.Generator:
+    """Returns a CPU generator that depends only on ``seed`` and ``names``, for tensors remade when a file is loaded.
+
+    >>> bool((torch.rand(3, generator=seeded(0, "a")) == torch.rand(3, generator=seeded(0, "a"))).all())
+    True
+    """
+    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def frozen(tensor: Tensor, saved: bool = True) -> Tensor:
+    """Marks a tensor returned by ``init`` or ``shared`` as not trained.
+
+    Args:
+        tensor: The tensor.
+        saved: Whether it is written to the adapter file. If not, ``init`` must make the same tensor again from the
+            method's fields and the site (a stored seed, say); the file keeps its checksum.
+    """
+    return nn.Buffer(tensor, persistent=saved)
+
+
+class Method:
+    """What every contract shares. Not used by itself: subclass one of the six contracts below."""
+
+    key: ClassVar[str] = ""
+    """Name in files, on the command line and in :func:`exapt.method`."""
+    paper: ClassVar[str] = ""
+    """Title of the paper."""
+    contract: ClassVar[str] = ""
+    where: ClassVar[str | tuple[str, ...]] = "linear"
+    """Sites taken when the user names none."""
+    mergeable: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Statistics to collect with :func:`exapt.calibrate` before ``attach`` (``site.statistics`` holds them)."""
+    full_precision: ClassVar[bool] = False
+    """Whether ``p`` keeps its own dtype (core otherwise casts it once to the layer's); the method then casts."""
+    exceptions: ClassVar[Mapping[str, str]] = {}
+    """Invariants of the conformance suite that do not hold, each with its reason."""
+
+    def check(self, site: Site) -> None:
+        """Raises :class:`~exapt.core.errors.InputError` where the method cannot serve ``site``."""
+
+    def init(self, site: Site) -> Tensors:
+        """Returns the tensors of one site; those marked with :func:`frozen` are not trained."""
+        raise NotImplementedError
+
+    def shared(self, sites: Sequence[Site]) -> Tensors:
+        """Returns tensors that all sites use; they join ``p`` under their names."""
+        return {}
+
+    def penalty(self, p: Tensors, w: Tensor) -> Tensor | None:
+        """Returns a scalar added to the loss for one site, or nothing."""
+        return None
+
+    def on_step(self, tensors: Mapping[str, Tensors], step: int, total: int) -> None:
+        """Called by training after each optimiser step with every site's tensors; may change them under ``no_grad``."""
+
+
+class WeightMethod(Method):
+    """A shift of a matrix: Linear, Embedding, convolution, fused projection, expert.
+
+    A matrix is always (output features, inputs per output): a convolution's is (out, in / groups x kernel), an
+    embedding's (dimensions, vocabulary), so that the same maths serves every layer.
+    """
+
+    contract = "weight"
+    mergeable = True
+    reads_weight: ClassVar[bool] = False
+    """Whether ``init`` or ``forward`` read ``W`` (on a quantised base it is dequantised for them)."""
+
+    def weight(self, p: Tensors, w: Tensor) -> Tensor:
+        """The definition: returns :math:`W'` of shape (d_out, d_in) from :math:`W`. Slow is fine, wrong is not."""
+        raise NotImplementedError
+
+    def bias(self, p: Tensors, b: Tensor) -> Tensor:
+        """Returns the changed bias (d_out,), for methods that change it too."""
+        return b
+
+    def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
+        """Optional fast path; it must equal the layer run with ``weight`` and ``bias``, gradients too."""
+        raise NotImplementedError
+
+    def needs_forward(self) -> bool:
+        """Whether this configuration exists only in ``forward`` (dropout), so that a bare parameter cannot have it."""
+        return False
+
+    @classmethod
+    def has_fast_path(cls) -> bool:
+        """Whether ``forward`` is defined."""
+        return cls.forward is not WeightMethod.forward
+
+
+class ActivationMethod(Method):
+    """A change of a module's output, from its input and output. Features are always the last dimension here."""
+
+    contract = "activation"
+    where = "block"
+
+    def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
+        """Returns the new output from the module's input ``x`` (..., d_in) and output ``h`` (..., d_out)."""
+        raise NotImplementedError
+
+    def fold(self, p: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """For mergeable methods: the weight (d_out, d_in) and bias that give ``apply``'s result directly."""
+        raise NotImplementedError
+
+
+class TokenMethod(Method):
+    """New tokens in a sequence (``level = "input"``) or in attention's keys and values (``level = "attention"``)."""
+
+    contract = "token"
+    level: ClassVar[str] = "input"
+
+    def extend(self, p: Tensors, *streams: Tensor) -> tuple[Tensor, ...]:
+        """Returns the longer streams, new tokens first.
+
+        At level "input" the stream is the embedded sequence (batch, length, d); at level "attention" the streams are
+        keys and values (batch, heads, length, d_head).
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Selects whole columns of the matrix (input connections). ``index`` (k,) int64."""
+
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Selects single entries of a parameter. ``index`` (k,) int64 into the flattened parameter."""
+
+    index: Tensor
+
+
+class Whole:
+    """Selects a whole parameter."""
+
+
+class SubsetMethod(Method):
+    """Trains a part of the existing parameters. The base stays frozen: the adapter holds the chosen entries' values."""
+
+    contract = "subset"
+    mergeable = True
+
+    def select(self, site: Site) -> Mapping[str, Columns | Entries | Whole]:
+        """Returns, for each parameter of the module to train, which part; an empty mapping passes the site over."""
+        raise NotImplementedError
+
+    def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
+        """Optional fast path where only the matrix is chosen from; equal to the layer with its values replaced."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_fast_path(cls) -> bool:
+        """Whether ``forward`` is defined."""
+        return cls.forward is not SubsetMethod.forward
+
+
+@dataclass
+class Taps:
+    """What a side network sees: ``hidden`` states before the first and after every block, each (batch, length, d),
+    the blocks' attention ``mask`` (added to scores, or boolean; broadcastable to (batch, heads, length, length)) and
+    whether attention is ``causal`` when no mask is given."""
+
+    hidden: list[Tensor]
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+class SideMethod(Method):
+    """A network beside the frozen backbone. The backbone runs without gradient; the side network sees its taps.
+
+    ``shared(sites)`` makes all tensors; ``forward`` returns what replaces the last block's output.
+    """
+
+    contract = "side"
+    where = "block"
+
+    def init(self, site: Site) -> Tensors:
+        return {}
+
+    def forward(self, p: Tensors, taps: Taps) -> Tensor:
+        """Returns the hidden state (batch, length, d) that goes on to the head."""
+        raise NotImplementedError
+
+
+class OutputMethod(Method):
+    """A change of the logits, from the head's input (features) and output (logits)."""
+
+    contract = "output"
+    where = "head"
+
+    def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
+        """Returns new logits from features ``x`` (batch, d) and logits ``h`` (batch, classes)."""
+        raise NotImplementedError
+
+
+CONTRACTS: tuple[type[Method], ...] = (
+    WeightMethod, ActivationMethod, TokenMethod, SubsetMethod, SideMethod, OutputMethod,
+)  # fmt: skip
+
+
+def as_dict(method: Method) -> dict[str, Any]:
+    """Returns ``{"method": key, **fields}``, the method's JSON."""
+    from dataclasses import asdict
+
+    return {"method": method.key, **asdict(method)}  # type: ignore[call-overload]

@@ -1,0 +1,352 @@
+"""One adapter, one ``.safetensors`` file. The format is written down in ``docs/file_format.md``; nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from exapt.core.attach import activate, hang, made_tensors, remove, start, state_of
+from exapt.core.contract import Method, as_dict, frozen
+from exapt.core.errors import InputError
+from exapt.core.layers import dense
+from exapt.core.registry import from_dict
+from exapt.core.sites import Site, Sites, sites
+from exapt.core.slots import Entry, Holder, slots_of
+
+FORMAT = 1
+MAX_HEADER = 64 * 1024 * 1024
+_SAMPLE = 16
+
+
+@dataclass
+class AdapterFile:
+    """What a file says of its adapter.
+
+    Attributes:
+        rules: The methods as JSON, each with its sites: ``[{"method": {...}, "sites": [...]}]``.
+        fingerprint: Of the base weights it belongs to.
+        versions: Of exapt and torch when it was written.
+        provenance, metrics: What the writer noted.
+        checksums: SHA-256 (first 16 digits) of tensors that are made again on loading.
+        manifest: ``[shape, trains]`` of every stored tensor.
+        tensors: The tensors, by ``rule:site/tensor``.
+    """
+
+    rules: list[dict[str, Any]]
+    fingerprint: str
+    base: str
+    versions: dict[str, str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
+    manifest: dict[str, list[Any]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def fingerprint(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:
+    """Returns a short digest of the base weights: names, shapes and a sample of values of every parameter.
+
+    Values are sampled (16 places spread over each parameter) and rounded to bfloat16, so that a base in fp32 and the same
+    base in bf16 agree, and the cost does not grow with the model's size. Parameters in ``skip`` are left out: an adapter
+    that replaces a parameter whole does not depend on it.
+    """
+    parts: list[str] = []
+    samples: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if name in skip or ".exapt." in f".{name}":
+            continue
+        shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
+        parts.append(f"{name}{tuple(shape)}")
+        flat = (_whole(p) if p.dim() == 0 or not hasattr(p, "quant_state") else dense(p)).detach()
+        flat = (dense(flat) if not hasattr(p, "quant_state") else flat).reshape(-1)
+        step = max(1, flat.numel() // _SAMPLE)
+        samples.append(flat[::step][:_SAMPLE].to(torch.bfloat16))
+    values = torch.cat(samples).cpu().view(torch.int16).numpy().tobytes() if samples else b""
+    return hashlib.sha256("\n".join(parts).encode() + values).hexdigest()[:16]
+
+
+def _whole(t: Tensor) -> Tensor:
+    """A sharded tensor gathered from every process; other tensors as they are."""
+    gather = getattr(t, "full_tensor", None)
+    return cast(Tensor, gather()) if gather is not None else t
+
+
+def _collect(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[Any]]]:
+    tensors: dict[str, Tensor] = {}
+    manifest: dict[str, list[Any]] = {}
+    checksums: dict[str, str] = {}
+    for path, holder in _holders(model, name):
+        for k, t in holder.tensors().items():
+            value = _whole(t).detach().cpu().contiguous()
+            if k in holder._non_persistent_buffers_set:
+                checksums[f"{path}/{k}"] = _digest(value)
+            else:
+                tensors[f"{path}/{k}"] = value
+                manifest[f"{path}/{k}"] = [list(value.shape), k in holder._parameters]
+    return tensors, checksums, manifest
+
+
+def _digest(t: Tensor) -> str:
+    return hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def _holders(model: nn.Module, name: str) -> list[tuple[str, Holder]]:
+    """Where the tensors of an adapter are, under the paths that the file uses."""
+    found: dict[int, tuple[str, Holder]] = {}
+    rules = state_of(model).adapters[name].rules
+    for _, slots in slots_of(model):
+        for e in slots.entries:
+            if e.adapter == name:
+                number = next(i for i, (m, where) in enumerate(rules) if m is e.method and e.site_name in where)
+                found[id(e.holder)] = (f"{number}:{e.site_name}", e.holder)
+                if e.common is not None:
+                    found[id(e.common)] = (f"{number}:*", e.common)
+    return sorted(found.values(), key=lambda pair: pair[0])
+
+
+def _replaced(model: nn.Module, name: str) -> frozenset[str]:
+    """Parameters that the adapter replaces whole."""
+    entries: list[tuple[str, Entry]] = []
+    for path, module in model.named_modules():
+        slots = module._modules.get("exapt")
+        entries += [(path, e) for e in getattr(slots, "entries", []) if e.adapter == name]
+    return frozenset(f"{path}.{p}" if path else p for path, e in entries for p, how in e.chosen.items() if how == "whole")
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes one adapter to one file: aside, synced, renamed, so that a full disk leaves an older file as it was.
+
+    Args:
+        model: The model that carries it; sharded tensors are gathered, every process must call.
+        path: The file; ``.safetensors`` is added if it has no ending.
+        name: Which adapter.
+        metrics: What was measured, kept in the header.
+        provenance: Where it comes from (data, seed, command), kept in the header.
+
+    Returns:
+        The path written.
+    """
+    import exapt
+
+    state = state_of(model)
+    if name not in state.adapters:
+        raise InputError(f'no adapter "{name}" on this model to save (attached: {", ".join(state.adapters)})')
+    adapter = state.adapters[name]
+    tensors, checksums, manifest = _collect(model, name)
+    known = {s.name: s for s in sites(model)}
+    header = {
+        "format": FORMAT,
+        "rules": [{"method": as_dict(m), "sites": where, "shapes": [_site_shape(known[w]) for w in where]} for m, where in adapter.rules],
+        "fingerprint": fingerprint(model, _replaced(model, name)),
+        "base": type(model).__name__,
+        "versions": {"exapt": exapt.__version__, "torch": str(torch.__version__)},
+        "provenance": dict(provenance if provenance is not None else adapter.metadata.get("provenance", {})),
+        "metrics": dict(metrics if metrics is not None else adapter.metadata.get("metrics", {})),
+        "checksums": checksums,
+        "tensors": manifest,
+    }
+    target = Path(path) if Path(path).suffix else Path(f"{os.fspath(path)}.safetensors")
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return target
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"))
+    write_aside(target, safetensors.torch.save(tensors, metadata={"exapt": text}))
+    return target
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Writes a file under another name in its folder, syncs it and renames it; on failure the old file stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{path}: could not be written ({e.strerror or e}); what was there before is untouched") from e
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: str | os.PathLike[str]) -> AdapterFile:
+    """Reads an adapter file without a model. Raises ``InputError`` on anything that is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    _refuse_header(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            text = (f.metadata() or {}).get("exapt")
+            tensors = {k: f.get_tensor(k) for k in f.keys()} if text is not None else {}  # noqa: SIM118
+    except safetensors.SafetensorError as e:
+        raise InputError(f"{path}: not a whole safetensors file ({e}); it is damaged or truncated, fetch or save it again") from e
+    if text is None:
+        raise InputError(f'{path}: a safetensors file, but not an exapt adapter (its header has no "exapt" entry)')
+    try:
+        header = json.loads(text)
+        if header["format"] > FORMAT:
+            raise InputError(f"{path}: format {header['format']} is newer than this exapt reads ({FORMAT}); upgrade exapt")
+        known = {k: header[k] for k in ("rules", "fingerprint", "base", "versions", "provenance", "metrics", "checksums")}
+        known["manifest"] = {k: [list(map(int, v[0])), bool(v[1])] for k, v in header["tensors"].items()}
+        for rule in known["rules"]:
+            if not isinstance(rule["method"], dict) or len(rule["sites"]) != len(rule["shapes"]) or not rule["sites"]:
+                raise TypeError("rules")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path}: its exapt header is malformed ({type(e).__name__}: {e}); save the adapter again") from e
+    return AdapterFile(**known, tensors=tensors)
+
+
+def _refuse_header(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = f.read(8)
+    if size == 0:
+        raise InputError(f"{path}: the file is empty")
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise InputError(f"{path}: this is a pickle (a torch .pt/.bin file), which exapt never loads; convert it to safetensors")
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > size - 8:
+        raise InputError(f"{path}: not a whole safetensors file ({size} bytes); it is damaged, truncated or something else")
+    if length > MAX_HEADER:
+        raise InputError(f"{path}: its header claims {length >> 20} MiB, more than the {MAX_HEADER >> 20} MiB an adapter may have")
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    force: bool = False,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Attaches an adapter from its file and makes it active; the base must be the one it was made for.
+
+    Args:
+        model: The base model.
+        path: The file.
+        name: Its name on this model.
+        force: Load although the fingerprints of the bases differ.
+        trainable: Whether its parameters ask for gradients.
+        dtype: Type of the adapter's tensors; by default the file's.
+
+    Raises:
+        InputError: for another base (both fingerprints are named), a damaged file, or tensors that are missing, too many
+            or of the wrong shape. The model is unchanged then.
+    """
+    data = read(path)
+    plan = _planned(model, data, path)
+    state = start(model, name)
+    try:
+        hang(model, state, name, plan, _Stored(data, dtype, path))
+        own = fingerprint(model, _replaced(model, name))
+        if own != data.fingerprint and not force:
+            raise InputError(
+                f"{path}: made for base {data.fingerprint} ({data.base}), this base is {own} ({type(model).__name__}); "
+                "pass force=True to load it all the same"
+            )
+    except BaseException:
+        remove(model, name, state)
+        raise
+    state.adapters[name].metadata = {"provenance": data.provenance, "metrics": data.metrics}
+    state.adapters[name].trainable = trainable
+    activate(model, name)
+    return model
+
+
+def _planned(model: nn.Module, data: AdapterFile, path: Any) -> list[tuple[Method, Sites]]:
+    """Finds the file's sites on the model and compares the file's tensors with its own list of them."""
+    for key, (shape, _) in data.manifest.items():
+        if key not in data.tensors:
+            raise InputError(f"{path}: the tensor {key} is missing; the file is incomplete")
+        if list(data.tensors[key].shape) != shape:
+            raise InputError(f"{path}: {key} has shape {list(data.tensors[key].shape)}, its own list says {shape}; the file is not sound")
+    extra = set(data.tensors) - set(data.manifest)
+    if extra:
+        raise InputError(f"{path}: {len(extra)} tensors are not in its own list ({min(extra)}, ...); the file is not sound")
+    known = {s.name: s for s in sites(model)}
+    plan = []
+    for rule in data.rules:
+        chosen = Sites()
+        for place, shape in zip(rule["sites"], rule["shapes"], strict=True):
+            site = known.get(place)
+            if site is None or _site_shape(site) != shape:
+                here = "has no such site" if site is None else f"has {_site_shape(site)} there"
+                raise InputError(f"{path}: made for {place or '(model)'} of shape {shape} on a {data.base} (base {data.fingerprint}); this {type(model).__name__} {here}")
+            chosen.append(site)
+        plan.append((from_dict(rule["method"]), chosen))
+    return plan
+
+
+def _site_shape(site: Site) -> list[int] | None:
+    return list(site.layer.shape) if site.layer else None
+
+
+class _Stored:
+    """Takes an adapter's tensors from a file; only those made from a seed are made again."""
+
+    def __init__(self, data: AdapterFile, dtype: torch.dtype | None, path: Any) -> None:
+        self.data, self.dtype, self.path = data, dtype, path
+
+    def _holder(self, place: str, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> tuple[Holder, dict[str, Tensor]]:
+        prefix = f"{place}/"
+        tensors: dict[str, Tensor] = {}
+        for key, (_, trains) in self.data.manifest.items():
+            if key.startswith(prefix):
+                value = self.data.tensors[key]
+                tensors[key.removeprefix(prefix)] = value if trains else frozen(value)
+        again = {k.removeprefix(prefix): v for k, v in self.data.checksums.items() if k.startswith(prefix)}
+        if again:
+            with torch.random.fork_rng(devices=[]):
+                made = make()
+            kind = next((t.dtype for t in self.data.tensors.values() if t.is_floating_point()), None)
+            fresh = Holder({k: made[k] for k in again if k in made}, device, kind)
+            for k, digest in again.items():
+                t = fresh.tensors().get(k)
+                if t is None or _digest(t.cpu()) != digest:
+                    raise InputError(f"{self.path}: {prefix}{k} is made from a seed and came out different here than where the file was written")
+                tensors[k] = frozen(t, saved=False)
+        return Holder(tensors, device, self.dtype), tensors
+
+    def shared(self, number: int, method: Method, chosen: Sites) -> Holder | None:
+        """As :meth:`exapt.core.attach.Fresh.shared`."""
+        holder, tensors = self._holder(f"{number}:*", chosen[0].device, lambda: method.shared(chosen))
+        return holder if tensors else None
+
+    def site(self, number: int, method: Method, site: Site) -> tuple[Holder, dict[str, str]]:
+        """As :meth:`exapt.core.attach.Fresh.site`."""
+        holder, tensors = self._holder(f"{number}:{site.name}", site.device, lambda: made_tensors(method, site)[0])
+        how: dict[str, str] = {}
+        if method.contract == "subset":
+            for k, t in tensors.items():
+                if not k.endswith("_index"):
+                    how[k] = "whole" if f"{k}_index" not in tensors else "columns" if t.dim() == 2 else "entries"
+        return holder, how

@@ -1,0 +1,153 @@
+"""Merging: write a shift into the base's own parameters, restore classes and keys, and take it back bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from exapt.core.attach import Adapter, detach, state_of
+from exapt.core.contract import ActivationMethod
+from exapt.core.errors import InputError
+from exapt.core.layers import is_quantised
+from exapt.core.slots import Entry, Slots
+
+_RECORD = "_exapt_merged"
+
+
+@dataclass
+class _Merged:
+    names: tuple[str, ...]
+    originals: dict[str, Tensor] | None
+
+
+def merged(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters merged into ``model`` (and not unmerged)."""
+    record = model.__dict__.get(_RECORD)
+    return record.names if record else ()
+
+
+def merge(model: nn.Module, *names: str, undo: bool = True) -> nn.Module:
+    """Writes adapters into the base's parameters and removes them; keys, classes and outputs stay.
+
+    Args:
+        model: The adapted model.
+        names: Adapters, in the order they act; by default the active ones.
+        undo: Keep the original parameters so that :func:`unmerge` can restore them (costs their memory).
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        InputError: if something is merged already, a method has no merged form, or a weight is quantised. Nothing is
+            changed then.
+
+    >>> import exapt
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> type(merge(exapt.attach(model, exapt.LoRA(rank=1), where="all"))[0]).__name__
+    'Linear'
+    """
+    if merged(model):
+        raise InputError(f"{', '.join(merged(model))} is merged already; unmerge first (merging twice would add it twice)")
+    state = state_of(model)
+    names = names or state.active
+    if not names:
+        raise InputError("no adapter is active; name the adapters to merge")
+    for n in names:
+        if n not in state.adapters:
+            raise InputError(f'no adapter "{n}" on this model (attached: {", ".join(state.adapters)})')
+        _refuse(state.adapters[n])
+    new = _new_values(model, names)
+    originals: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for path, (parameter, value) in new.items():
+            if undo:
+                originals[path] = parameter.detach().clone()
+            parameter.copy_(value)
+    detach(model, *names)
+    model.__dict__[_RECORD] = _Merged(tuple(names), originals if undo else None)
+    return model
+
+
+def _refuse(adapter: Adapter) -> None:
+    for method, where in adapter.rules:
+        if not method.mergeable:
+            raise InputError(
+                f'adapter "{adapter.name}": {method.key} has no merged form (it acts on {method.contract}s, '
+                f"at {where[0] or 'the model'}); keep it attached, or save it"
+            )
+
+
+@torch.no_grad()
+def _new_values(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    new: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    for path, module in model.named_modules():
+        slots = module._modules.get("exapt")
+        if not isinstance(slots, Slots):
+            continue
+        entries = [e for n in names for e in slots.entries if e.adapter == n]
+        values: dict[str, Tensor] = {}
+        for e in entries:
+            for parameter in e.names():
+                stored = module._parameters.get(parameter)
+                if stored is None:
+                    continue
+                if is_quantised(stored):
+                    raise InputError(f"{e.site_name}: its weight is quantised and cannot take a merge; load the base unquantised to merge")
+                _exact(e, parameter, values, stored)
+            if isinstance(e.method, ActivationMethod):
+                _fold(e, module, values)
+        for parameter, value in values.items():
+            full = f"{path}.{parameter}" if path else parameter
+            if not torch.isfinite(value).all():
+                raise InputError(f"{full}: merging would write NaN or infinity; check the adapter")
+            new[full] = (cast(nn.Parameter, module._parameters[parameter]), value)
+    return new
+
+
+def _exact(e: Entry, parameter: str, values: dict[str, Tensor], stored: Tensor) -> None:
+    """Applies one entry's definition in at least single precision, so that rounding happens once."""
+    value = values.get(parameter, stored)
+    wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    values[parameter] = e.changed(parameter, wide)
+
+
+def _fold(e: Entry, module: nn.Module, values: dict[str, Tensor]) -> None:
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or next(module.children(), None) not in (None, module._modules.get("exapt")):
+        raise InputError(f"{e.site_name}: {e.method.key} folds into a layer with a weight of its own, not into a composite module; attach it to layers to merge")
+    layer = e.layer
+    w = values.get("weight", weight)
+    b = values.get("bias", bias) if bias is not None else None
+    matrix = layer.to_matrix(w) if layer else w.reshape(-1, 1)
+    new_w, new_b = e.method.fold(e.tensors(), matrix.float() if matrix.dtype.itemsize < 4 else matrix, b)
+    if new_b is not None and bias is None:
+        if layer is None or layer.kind != "embedding":
+            raise InputError(f"{e.site_name}: the layer has no bias to take {e.method.key}'s shift; merging would add a key")
+        new_w = new_w + new_b[:, None]
+        new_b = None
+    values["weight"] = layer.from_matrix(new_w) if layer else new_w.reshape(w.shape)
+    if new_b is not None:
+        values["bias"] = new_b
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Restores the parameters as they were before :func:`merge`, bit for bit. The adapter is not attached again.
+
+    Raises:
+        InputError: if nothing was merged, or ``undo=False`` was given.
+    """
+    record: Any = model.__dict__.get(_RECORD)
+    if record is None:
+        raise InputError("nothing was merged into this model, so there is nothing to unmerge")
+    if record.originals is None:
+        raise InputError("the model was merged with undo=False, which keeps no originals; load the base again")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, value in record.originals.items():
+        parameters[path].copy_(value)
+    del model.__dict__[_RECORD]
+    return model
+

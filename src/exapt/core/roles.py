@@ -1,0 +1,104 @@
+"""What part a module plays, read from the model's structure and the field's habits of naming."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from exapt.core.layers import CONV, CONV_TRANSPOSED, NORMS
+
+_NAMES: tuple[tuple[str, str], ...] = (
+    (r"(qkv|qkv_proj|c_attn|query_key_value|in_proj|in_proj_weight|Wqkv)$", "attention.qkv"),
+    (r"(query|q_proj|q_lin|to_q|wq|q_proj_weight|(SelfAttention|EncDecAttention)\.q)$", "attention.query"),
+    (r"(key|k_proj|k_lin|to_k|wk|k_proj_weight|(SelfAttention|EncDecAttention)\.k)$", "attention.key"),
+    (r"(value|v_proj|v_lin|to_v|wv|v_proj_weight|(SelfAttention|EncDecAttention)\.v)$", "attention.value"),
+    (r"(o_proj|out_proj|out_lin|wo_attn|to_out(\.0)?|(SelfAttention|EncDecAttention)\.o|attention\.output\.dense|attn\.(c_proj|proj)|attention\.dense)$", "attention.output"),
+    (r"(gate_proj|w1|wi_0)$", "mlp.gate"),
+    (r"(up_proj|gate_up_proj|fc1|c_fc|wi|wi_1|w3|lin1|linear1|intermediate\.dense|dense_h_to_4h)$", "mlp.up"),
+    (r"(down_proj|fc2|mlp\.c_proj|DenseReluDense\.wo|w2|lin2|linear2|output\.dense|dense_4h_to_h)$", "mlp.down"),
+)  # fmt: skip
+_HEADS = re.compile(r"(^|\.)(classifier|lm_head|head|heads|score|fc|qa_outputs|cls|output_projection|text_projection|visual_projection)(\.[\w]+)*$")
+_PATTERNS = tuple((re.compile(r"(^|\.)" + pattern), role) for pattern, role in _NAMES)
+
+
+def _blocks(model: nn.Module) -> Iterator[str]:
+    """Names of repeated composite modules: members of a list or sequence that share their class and hold layers."""
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
+            continue
+        kinds = {type(c) for c in module}
+        composite = all(any(True for _ in c.children()) and any(True for _ in c.parameters()) for c in module)
+        if composite and len(kinds) == 1 and not isinstance(module[0], nn.ModuleList):
+            yield from (f"{name}.{i}" if name else str(i) for i in range(len(module)))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
+
+
+def _head(model: nn.Module, blocks: set[str]) -> str | None:
+    """The last Linear that stands outside every block, if it is named like a head or ends a plain model."""
+    outside = [
+        n for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not any(n.startswith(b + ".") for b in blocks) and "pooler" not in n
+    ]  # fmt: skip
+    if not outside:
+        return None
+    last = outside[-1]
+    return last if _HEADS.search(last) or not hasattr(model, "config") else None
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """Returns a role for each module name: ``attention.query``, ``mlp.up``, ``block``, ``norm``, ``embedding``, ``head`` ...
+
+    >>> roles(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)))
+    {'': 'model', '0': 'linear', '1': 'norm', '2': 'head'}
+    """
+    blocks = set(_blocks(model))
+    outer = {b for b in blocks if not any(b.startswith(other + ".") for other in blocks)}
+    head = _head(model, outer)
+    found: dict[str, str] = {}
+    attention: set[str] = set()
+    mlp: set[str] = set()
+    for name, module in model.named_modules():
+        role = _role(name, module, outer, head)
+        found[name] = role
+        parent = name.rpartition(".")[0]
+        if role in ("attention.query", "attention.qkv") and parent:
+            attention.add(parent)
+        if role == "mlp.up" and parent and not isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
+            mlp.add(parent)
+    for name in attention:
+        found[name] = "attention" if found[name] in ("other", "attention") else found[name]
+    for name in mlp:
+        found[name] = "mlp" if found[name] == "other" else found[name]
+    return found
+
+
+def _role(name: str, module: nn.Module, blocks: set[str], head: str | None) -> str:
+    if not name:
+        return "model"
+    if name == head or (isinstance(module, nn.Linear) and re.search(r"(^|\.)(lm_head|classifier|score)$", name)):
+        return "head"
+    if name in blocks:
+        return "block"
+    if _is_norm(module):
+        return "norm"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
+    leaf = next(module.children(), None) is None
+    if leaf and next(module.parameters(recurse=False), None) is not None:
+        for pattern, role in _PATTERNS:
+            if pattern.search(name):
+                return role
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return "linear"
+    if isinstance(module, (*CONV, *CONV_TRANSPOSED)):
+        return "conv"
+    if name.rpartition(".")[2] == "embeddings":
+        return "embeddings"
+    return "other"
