@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from exapt.core.contract import Method, SubsetMethod, Taps, Tensors, WeightMethod
 from exapt.core.errors import InputError, did_you_mean
+from exapt.core.layers import layers_of, walk
 from exapt.core.sites import Site, Sites, Where, choose, sites, with_statistics
 from exapt.core.slots import HALF, Entry, Holder, Slots, refresh, selection, slots_of, usable
 
@@ -51,9 +52,10 @@ def state_of(model: nn.Module, make: bool = False) -> State:
         raise InputError("no adapter is attached to this model; call attach(model, method) first")
     if any(True for _ in slots_of(model)):
         raise InputError("a part of this model carries adapters already; detach them, then attach to the whole model")
-    state = State(grad={n: p.requires_grad for n, p in model.named_parameters()})
+    parameters = dict(model.named_parameters())
+    state = State(grad={n: p.requires_grad for n, p in parameters.items()})
     _slots(model, state, is_root=True)
-    for p in model.parameters():
+    for p in parameters.values():
         p.requires_grad_(False)
     return state
 
@@ -62,8 +64,6 @@ def _slots(module: nn.Module, state: State, is_root: bool = False) -> Slots:
     found = module._modules.get("exapt")
     if isinstance(found, Slots):
         return found
-    from exapt.core.layers import layers_of
-
     main = next((layer for layer in layers_of(module) if layer.parameter == "weight"), None)
     slots = Slots(state, type(module), main, is_root)
     module._modules["exapt"] = slots
@@ -160,8 +160,19 @@ def _plan(model: nn.Module, rules: Sequence[tuple[Any, Method]], statistics: Sta
                     "pass statistics=exapt.calibrate(model, batches, method, loss=...)"
                 )
             method.check(site)
-        plan.append((method, chosen))
+        plan.append((method, _decided(method, chosen)))
     return plan
+
+
+def _decided(method: Method, chosen: Sites) -> Sites:
+    """The sites with what the method decided over all of them; those of which it then chooses nothing are dropped."""
+    added = method.plan(chosen)
+    chosen = Sites(replace(s, statistics={**s.statistics, **added[s.name]}) if s.name in added else s for s in chosen)
+    if isinstance(method, SubsetMethod):
+        chosen = Sites(s for s in chosen if method.select(s))
+        if not chosen:
+            raise InputError(f"{method.key} chose no parameter of the sites that where= names")
+    return chosen
 
 
 def _once(chosen: Sites, method: Method) -> Sites:
@@ -206,12 +217,17 @@ def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method,
         for i, site in enumerate(chosen):
             holder, how = source.site(number, method, site)
             slots = _slots(site.module, state)
-            key = name if site.name == site.module_name else f"{name}_{cast(Any, site.layer).parameter}"
+            key = f"{name}_{site.layer.parameter}" if site.layer and site.name != site.module_name else name
             slots.add_module(key if key not in slots._modules else f"{key}_{number}", holder)
             entry = Entry(name, method, site.name, site.layer, holder, common, chosen=how, position=i, last=i == len(chosen) - 1)
             entry.definition = _by_definition(method, site, model, how)
             if method.contract in ("activation", "output") and site.role != "model":
                 entry.axis = site.axis
+            if site.source is not None:
+                entry.source = _slots(site.source, state)
+                entry.source.watchers += 1
+            if slots.hook is None and _fused_parent(site, model):
+                slots.hook = site.module.register_forward_pre_hook(_keeps_modules_called)
             slots.entries.append(entry)
             slots.chains.clear()
             for parameter in entry.names():
@@ -220,7 +236,8 @@ def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method,
 
 
 def _default_dtype(site: Site) -> torch.dtype:
-    return torch.float32 if site.dtype in HALF or not site.dtype.is_floating_point else site.dtype
+    dtype = site.dtype
+    return torch.float32 if dtype in HALF or not dtype.is_floating_point else dtype
 
 
 def made_tensors(method: Method, site: Site) -> tuple[Tensors, dict[str, str]]:
@@ -265,23 +282,36 @@ def _by_definition(method: Method, site: Site, model: nn.Module, chosen: Mapping
     forced = not site.layer.operates or _read_by_parent(site, model)
     if forced and method.needs_forward():
         raise InputError(f"{method.key} with dropout cannot act on {site.name}: its weight is read as a parameter; set dropout=0 or leave it out of where=")
-    return forced or not method.has_fast_path()
+    served = method.fast_kinds is None or site.layer.kind in method.fast_kinds
+    return forced or not (method.has_fast_path() and served)
+
+
+def _keeps_modules_called(module: nn.Module, args: Any) -> None:
+    """Does nothing; while it is registered, fused kernels of torch step aside for the modules they would bypass."""
+
+
+def _fused_parent(site: Site, model: nn.Module) -> bool:
+    """Whether torch may run a parent by one fused kernel, which calls no child."""
+    return isinstance(site.module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) or any(isinstance(m, nn.TransformerEncoderLayer) for m in _parents(site, model))
 
 
 def _read_by_parent(site: Site, model: nn.Module) -> bool:
-    """nn.MultiheadAttention and nn.TransformerEncoderLayer read their children's parameters without calling them."""
-    parts = site.module_name.split(".")
-    for i in range(len(parts)):
-        parent = model.get_submodule(".".join(parts[:i]))
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and parent is not site.module:
-            return True
-    return False
+    """nn.MultiheadAttention reads the parameters of its output projection without calling it."""
+    return any(isinstance(m, nn.MultiheadAttention) and m is not site.module for m in _parents(site, model))
+
+
+def _parents(site: Site, model: nn.Module) -> Iterator[nn.Module]:
+    module: Any = model
+    yield module
+    for part in site.module_name.split(".")[:-1]:
+        module = module._modules[part]
+        yield module
 
 
 def _tied(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Modules that hold the same parameter, by its identity."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    for _, module in walk(model):
         for parameter, value in module._parameters.items():
             if value is not None:
                 holders.setdefault(id(value), []).append((module, parameter))
@@ -329,7 +359,7 @@ def set_gradients(model: nn.Module, names: Sequence[str]) -> None:
         for e in slots.entries:
             for holder in (e.holder, e.common):
                 if holder is not None:
-                    holder.requires_grad_(e.adapter in wanted)
+                    holder.ask(e.adapter in wanted)
 
 
 @contextlib.contextmanager
@@ -371,6 +401,9 @@ def remove(model: nn.Module, name: str, state: State) -> None:
         del root._modules[key]
     for _, slots in list(slots_of(model)):
         gone = {id(e.holder) for e in slots.entries if e.adapter == name}
+        for e in slots.entries:
+            if e.adapter == name and e.source is not None:
+                e.source.watchers -= 1
         slots.entries = [e for e in slots.entries if e.adapter != name]
         for key in [k for k, m in slots._modules.items() if id(m) in gone]:
             del slots._modules[key]

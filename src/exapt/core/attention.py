@@ -28,20 +28,20 @@ def config_property() -> property:
     """
 
     def get(self: nn.Module) -> Any:
-        _register()
-        own = self.__dict__["config"]
-        slots = cast("Slots", self._modules["exapt"])
-        cached = slots.__dict__.get("_prefixed_config")
-        if cached is None or cached[0] != own._attn_implementation:
-            changed = copy.copy(own)
-            changed._attn_implementation_internal = INTERFACE
-            cached = slots.__dict__["_prefixed_config"] = (own._attn_implementation, changed)
-        return cached[1]
+        return cast("Slots", self._modules["exapt"]).config
 
     def put(self: nn.Module, value: Any) -> None:
         self.__dict__["config"] = value
 
     return property(get, put)
+
+
+def prefixed_config(module: nn.Module) -> Any:
+    """A shallow copy of an attention module's config that names our attention function."""
+    _register()
+    changed = copy.copy(module.__dict__["config"])
+    changed._attn_implementation_internal = INTERFACE
+    return changed
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from exapt.core.contract import Method
 from exapt.core.errors import InputError, did_you_mean
+from exapt.core.layers import is_quantised
 from exapt.core.sites import Site, Sites, Where, choose, sites
 from exapt.core.slots import first_tensor, usable
 
@@ -135,7 +136,7 @@ def _observer(site: Site, needs: tuple[str, ...], sums: dict[str, Tensor], count
 
 
 def _gradients(model: nn.Module, batch: Any, chosen: Sites, kinds: list[str], sums: dict[str, dict[str, Tensor]], loss: Any) -> None:
-    wanted = {(s.name, k): p for s in chosen for k, p in s.module._parameters.items() if p is not None and p.is_floating_point()}
+    wanted = {(s.name, k): p for s in chosen for k, p in s.module._parameters.items() if p is not None and p.is_floating_point() and not is_quantised(p)}
     for p in wanted.values():
         p.requires_grad_(True)
     value = loss(model, batch) if loss is not None else getattr(run(model, batch), "loss", None)

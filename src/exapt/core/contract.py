@@ -64,6 +64,13 @@ class Method:
     def check(self, site: Site) -> None:
         """Raises :class:`~exapt.core.errors.InputError` where the method cannot serve ``site``."""
 
+    def plan(self, sites: Sequence[Site]) -> Mapping[str, Tensors]:
+        """Decides what is decided over all chosen sites at once (a global top-k): statistics to add, by site name.
+
+        Called once by ``attach``, before ``init`` and ``select``; not on loading.
+        """
+        return {}
+
     def init(self, site: Site) -> Tensors:
         """Returns the tensors of one site; those marked with :func:`frozen` are not trained."""
         raise NotImplementedError
@@ -91,6 +98,8 @@ class WeightMethod(Method):
     mergeable = True
     reads_weight: ClassVar[bool] = False
     """Whether ``init`` or ``forward`` read ``W`` (on a quantised base it is dequantised for them)."""
+    fast_kinds: ClassVar[tuple[str, ...] | None] = None
+    """Kinds of layer that ``forward`` serves, if not all that have an operation; the others run by the definition."""
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         """The definition: returns :math:`W'` of shape (d_out, d_in) from :math:`W`. Slow is fine, wrong is not."""
@@ -118,7 +127,7 @@ class ActivationMethod(Method):
     """A change of a module's output, from its input and output. Features are always the last dimension here."""
 
     contract = "activation"
-    where = "block"
+    where: ClassVar[str | tuple[str, ...]] = "block"
 
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
         """Returns the new output from the module's input ``x`` (..., d_in) and output ``h`` (..., d_out)."""
@@ -200,7 +209,7 @@ class SideMethod(Method):
     """
 
     contract = "side"
-    where = "block"
+    where: ClassVar[str | tuple[str, ...]] = "block"
 
     def init(self, site: Site) -> Tensors:
         return {}
@@ -214,7 +223,7 @@ class OutputMethod(Method):
     """A change of the logits, from the head's input (features) and output (logits)."""
 
     contract = "output"
-    where = "head"
+    where: ClassVar[str | tuple[str, ...]] = "head"
 
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
         """Returns new logits from features ``x`` (batch, d) and logits ``h`` (batch, classes)."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from exapt.core.attach import activate, hang, made_tensors, remove, start, state_of
 from exapt.core.contract import Method, as_dict, frozen
 from exapt.core.errors import InputError
-from exapt.core.layers import dense
+from exapt.core.layers import dense, walk
 from exapt.core.registry import from_dict
 from exapt.core.sites import Site, Sites, sites
 from exapt.core.slots import Entry, Holder, slots_of
@@ -63,17 +63,28 @@ def fingerprint(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:
     """
     parts: list[str] = []
     samples: list[Tensor] = []
-    for name, p in model.named_parameters():
-        if name in skip or ".exapt." in f".{name}":
+    for name, p in _own_parameters(model):
+        if name in skip:
             continue
         shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
         parts.append(f"{name}{tuple(shape)}")
-        flat = (_whole(p) if p.dim() == 0 or not hasattr(p, "quant_state") else dense(p)).detach()
-        flat = (dense(flat) if not hasattr(p, "quant_state") else flat).reshape(-1)
+        flat = dense(p if hasattr(p, "quant_state") else _whole(p)).detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLE)
-        samples.append(flat[::step][:_SAMPLE].to(torch.bfloat16))
-    values = torch.cat(samples).cpu().view(torch.int16).numpy().tobytes() if samples else b""
+        samples.append(flat[: step * _SAMPLE : step])
+    if len({s.device for s in samples}) > 1:
+        samples = [s.cpu() for s in samples]
+    values = torch.cat(samples).to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes() if samples else b""
     return hashlib.sha256("\n".join(parts).encode() + values).hexdigest()[:16]
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As ``named_parameters``, without the adapters'."""
+    seen: set[int] = set()
+    for path, module in walk(model):
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield f"{path}.{name}" if path else name, p
 
 
 def _whole(t: Tensor) -> Tensor:
@@ -118,7 +129,7 @@ def _holders(model: nn.Module, name: str) -> list[tuple[str, Holder]]:
 def _replaced(model: nn.Module, name: str) -> frozenset[str]:
     """Parameters that the adapter replaces whole."""
     entries: list[tuple[str, Entry]] = []
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         slots = module._modules.get("exapt")
         entries += [(path, e) for e in getattr(slots, "entries", []) if e.adapter == name]
     return frozenset(f"{path}.{p}" if path else p for path, e in entries for p, how in e.chosen.items() if how == "whole")
@@ -156,7 +167,7 @@ def save(
         "format": FORMAT,
         "rules": [{"method": as_dict(m), "sites": where, "shapes": [_site_shape(known[w]) for w in where]} for m, where in adapter.rules],
         "fingerprint": fingerprint(model, _replaced(model, name)),
-        "base": type(model).__name__,
+        "base": cast(Any, model._modules["exapt"]).base_class.__name__,
         "versions": {"exapt": exapt.__version__, "torch": str(torch.__version__)},
         "provenance": dict(provenance if provenance is not None else adapter.metadata.get("provenance", {})),
         "metrics": dict(metrics if metrics is not None else adapter.metadata.get("metrics", {})),

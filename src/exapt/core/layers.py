@@ -9,6 +9,7 @@ them by the definition.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -176,6 +177,20 @@ class Stacked(Layer):
 
     def from_matrix(self, w: Tensor) -> Tensor:
         return w.transpose(-1, -2) if self.turned else w
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields what ``named_modules`` does without the adapters, so that no walk grows with their number."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        prefix = f"{name}." if name else ""
+        waiting += [(prefix + key, m) for key, m in reversed(module._modules.items()) if m is not None and key != "exapt"]
 
 
 def _parameter(m: nn.Module, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from exapt.core.attach import Adapter, detach, state_of
 from exapt.core.contract import ActivationMethod
 from exapt.core.errors import InputError
 from exapt.core.layers import is_quantised
+from exapt.core.roles import is_leaf
 from exapt.core.slots import Entry, Slots
 
 _RECORD = "_exapt_merged"
@@ -116,7 +117,7 @@ def _exact(e: Entry, parameter: str, values: dict[str, Tensor], stored: Tensor) 
 
 def _fold(e: Entry, module: nn.Module, values: dict[str, Tensor]) -> None:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or next(module.children(), None) not in (None, module._modules.get("exapt")):
+    if weight is None or not is_leaf(module):
         raise InputError(f"{e.site_name}: {e.method.key} folds into a layer with a weight of its own, not into a composite module; attach it to layers to merge")
     layer = e.layer
     w = values.get("weight", weight)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
 from torch import nn
 
-from exapt.core.layers import CONV, CONV_TRANSPOSED, NORMS
+from exapt.core.layers import CONV, CONV_TRANSPOSED, NORMS, walk
 
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"(qkv|qkv_proj|c_attn|query_key_value|in_proj|in_proj_weight|Wqkv)$", "attention.qkv"),
@@ -23,31 +24,42 @@ _HEADS = re.compile(r"(^|\.)(classifier|lm_head|head|heads|score|fc|qa_outputs|c
 _PATTERNS = tuple((re.compile(r"(^|\.)" + pattern), role) for pattern, role in _NAMES)
 
 
-def _blocks(model: nn.Module) -> Iterator[str]:
+def _blocks(modules: dict[str, nn.Module]) -> Iterator[str]:
     """Names of repeated composite modules: members of a list or sequence that share their class and hold layers."""
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
             continue
         kinds = {type(c) for c in module}
-        composite = all(any(True for _ in c.children()) and any(True for _ in c.parameters()) for c in module)
+        composite = all(not is_leaf(c) and any(True for _ in c.parameters()) for c in module)
         if composite and len(kinds) == 1 and not isinstance(module[0], nn.ModuleList):
             yield from (f"{name}.{i}" if name else str(i) for i in range(len(module)))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module has no children of its own (our slots aside)."""
+    return not module._modules.keys() - {"exapt"}
 
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
 
 
-def _head(model: nn.Module, blocks: set[str]) -> str | None:
+def _head(modules: dict[str, nn.Module], blocks: tuple[str, ...]) -> str | None:
     """The last Linear that stands outside every block, if it is named like a head or ends a plain model."""
     outside = [
-        n for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and not any(n.startswith(b + ".") for b in blocks) and "pooler" not in n
+        n for n, m in modules.items()
+        if isinstance(m, nn.Linear) and not n.startswith(blocks) and "pooler" not in n
     ]  # fmt: skip
     if not outside:
         return None
     last = outside[-1]
-    return last if _HEADS.search(last) or not hasattr(model, "config") else None
+    return last if _HEADS.search(last) or not hasattr(modules[""], "config") else None
+
+
+@functools.lru_cache(4096)
+def named_role(tail: str) -> str | None:
+    """The role that the last parts of a name (three are enough) say."""
+    return next((role for pattern, role in _PATTERNS if pattern.search(tail)), None)
 
 
 def roles(model: nn.Module) -> dict[str, str]:
@@ -56,31 +68,35 @@ def roles(model: nn.Module) -> dict[str, str]:
     >>> roles(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)))
     {'': 'model', '0': 'linear', '1': 'norm', '2': 'head'}
     """
-    blocks = set(_blocks(model))
-    outer = {b for b in blocks if not any(b.startswith(other + ".") for other in blocks)}
-    head = _head(model, outer)
+    modules = dict(walk(model))
+    blocks = set(_blocks(modules))
+    inside = tuple(b + "." for b in blocks)
+    outer = {b for b in blocks if not b.startswith(inside)}
+    head = _head(modules, inside)
     found: dict[str, str] = {}
     attention: set[str] = set()
-    mlp: set[str] = set()
-    for name, module in model.named_modules():
+    halves: dict[str, set[str]] = {}
+    for name, module in modules.items():
         role = _role(name, module, outer, head)
         found[name] = role
         parent = name.rpartition(".")[0]
         if role in ("attention.query", "attention.qkv") and parent:
             attention.add(parent)
-        if role == "mlp.up" and parent and not isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer):
-            mlp.add(parent)
+        if role in ("mlp.up", "mlp.down") and parent:
+            halves.setdefault(parent, set()).add(role)
     for name in attention:
         found[name] = "attention" if found[name] in ("other", "attention") else found[name]
-    for name in mlp:
-        found[name] = "mlp" if found[name] == "other" else found[name]
+    for name, seen in halves.items():
+        if len(seen) == 2 and found[name] == "other":
+            found[name] = "mlp"
     return found
 
 
 def _role(name: str, module: nn.Module, blocks: set[str], head: str | None) -> str:
     if not name:
         return "model"
-    if name == head or (isinstance(module, nn.Linear) and re.search(r"(^|\.)(lm_head|classifier|score)$", name)):
+    last = name.rpartition(".")[2]
+    if name == head or (isinstance(module, nn.Linear) and last in ("lm_head", "classifier", "score")):
         return "head"
     if name in blocks:
         return "block"
@@ -90,15 +106,14 @@ def _role(name: str, module: nn.Module, blocks: set[str], head: str | None) -> s
         return "embedding"
     if isinstance(module, nn.MultiheadAttention):
         return "attention"
-    leaf = next(module.children(), None) is None
-    if leaf and next(module.parameters(recurse=False), None) is not None:
-        for pattern, role in _PATTERNS:
-            if pattern.search(name):
-                return role
+    if is_leaf(module) and next(module.parameters(recurse=False), None) is not None:
+        role = named_role(".".join(name.split(".")[-3:]))
+        if role is not None:
+            return role
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return "linear"
     if isinstance(module, (*CONV, *CONV_TRANSPOSED)):
         return "conv"
-    if name.rpartition(".")[2] == "embeddings":
-        return "embeddings"
+    if last in ("embeddings", "mlp"):
+        return last
     return "other"

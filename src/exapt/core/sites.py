@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from exapt.core.errors import InputError, did_you_mean
-from exapt.core.layers import Layer, dense, feature_layout, is_quantised, layers_of
-from exapt.core.roles import roles
+from exapt.core.layers import Layer, dense, feature_layout, is_quantised, layers_of, walk
+from exapt.core.roles import named_role, roles
 
 Where = str | Callable[["Site"], bool] | Iterable[Any]
 
@@ -30,6 +30,8 @@ class Site:
         role: What part it plays (see :func:`exapt.core.roles.roles`).
         layer: Description of its weight matrix, or ``None``.
         statistics: What :func:`exapt.calibrate` collected for it.
+        source: The module whose input is ``x`` here, where it is not the site's own: a feed-forward network that is no
+            module of its own (BERT's) is the site "mlp" from the input of its first layer to the output of its last.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Site:
     role: str
     layer: Layer | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    source: nn.Module | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,17 +82,20 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Device of the base parameters."""
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the base parameters (of a quantised base: of what it dequantises to)."""
-        for p in self.module.parameters():
+        for p in self._parameters():
             if is_quantised(p):
                 return getattr(getattr(p, "quant_state", None), "dtype", None) or getattr(p, "dtype", torch.float32)
             if p.is_floating_point():
                 return p.dtype
         return torch.get_default_dtype()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for _, m in walk(self.module) for p in m._parameters.values() if p is not None)
 
     @property
     def _layer(self) -> Layer:
@@ -128,26 +134,39 @@ def sites(model: nn.Module) -> Sites:
     """
     known = roles(model)
     found = Sites()
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "exapt" or ".exapt." in f".{name}.":
-            continue
+    for name, module in walk(model):
         layers = layers_of(module)
         main = next((x for x in layers if x.parameter == "weight"), None)
-        holds = next(module.parameters(recurse=True), None) is not None
-        if main is None and not holds and name:
+        if main is None and name and not _holds(module):
             continue
         found.append(Site(name, module, name, known[name], main))
         for layer in layers:
             if layer is not main:
                 path = f"{name}.{layer.parameter}" if name else layer.parameter
                 found.append(Site(path, module, name, _parameter_role(layer.parameter), layer))
-    return found
+    return Sites([*found, *_feed_forwards(found)])
+
+
+def _holds(module: nn.Module) -> bool:
+    own = any(p is not None for p in module._parameters.values())
+    return own or any(m is not None and k != "exapt" and _holds(m) for k, m in module._modules.items())
+
+
+def _feed_forwards(found: Sites) -> Sites:
+    """The feed-forward networks whose two layers share a block but no module of their own."""
+    spread = Sites()
+    for block in (s for s in found if s.role == "block"):
+        prefix = f"{block.name}."
+        inside = [s for s in found if s.name.startswith(prefix)]
+        ups, downs = ([s for s in inside if s.role == role] for role in ("mlp.up", "mlp.down"))
+        if len(ups) == len(downs) == 1 and not any(s.role == "mlp" for s in inside) and ups[0].module is not downs[0].module:
+            down = downs[0]
+            spread.append(Site(f"{block.name}.mlp", down.module, down.module_name, "mlp", source=ups[0].module))
+    return spread
 
 
 def _parameter_role(parameter: str) -> str:
-    from exapt.core.roles import _PATTERNS
-
-    return next((role for pattern, role in _PATTERNS if pattern.search(parameter)), "matrix")
+    return named_role(parameter) or "matrix"
 
 
 LINEAR_ROLES = ("linear", "attention.query", "attention.key", "attention.value", "attention.qkv", "attention.output", "mlp.up", "mlp.down", "mlp.gate")  # fmt: skip

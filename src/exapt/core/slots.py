@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from exapt.core.base import Base, plain
 from exapt.core.contract import Columns, Method, SubsetMethod, Taps, TokenMethod, WeightMethod
-from exapt.core.layers import Layer
+from exapt.core.layers import Layer, walk
 
 if TYPE_CHECKING:
     from exapt.core.attach import State
@@ -42,6 +42,12 @@ class Holder(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], {**self._parameters, **self._buffers})
 
+    def ask(self, grad: bool) -> None:
+        """Lets the parameters ask for gradients, or not."""
+        for p in self._parameters.values():
+            if p is not None and p.requires_grad is not grad:
+                p.requires_grad_(grad)
+
 
 @dataclass(eq=False)
 class Entry:
@@ -58,6 +64,7 @@ class Entry:
     chosen: dict[str, str] = field(default_factory=dict)
     position: int = 0
     last: bool = False
+    source: Slots | None = None
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The method's ``p``; cast once to the layer's dtype unless the method asks for full precision."""
@@ -150,6 +157,10 @@ class Slots(nn.Module):
         self.aliases: list[tuple[str, tuple[nn.Module, str]]] = []
         self.chain = Chain()
         self.chains: dict[tuple[str, ...], Chain] = {}
+        self.watchers = 0
+        self.seen: Tensor | None = None
+        self.hook: Any = None
+        self.config: Any = None
 
     @property
     def layer(self) -> Layer:
@@ -197,6 +208,8 @@ class Slots(nn.Module):
         """The module's forward with the entries of ``chain`` in effect."""
         from exapt.core.attention import prefixed_multihead, run_prompted
 
+        if self.watchers:
+            self.seen = first_tensor(args, kwargs)
         if chain.sides:
             return _run_sides(self, module, chain, args, kwargs)
         if chain.tokens and self.is_root:
@@ -210,7 +223,7 @@ class Slots(nn.Module):
         for e in chain.tokens:
             y = replace_first(y, lambda h, e=e: e.method.extend(e.tensors(h.dtype), h))
         for e in chain.after:
-            x = first_tensor(args, kwargs)
+            x = first_tensor(args, kwargs) if e.source is None else cast(Tensor, e.source.seen)
             y = replace_first(y, lambda h, e=e, x=x: _activation(e, x, h))
         return y
 
@@ -336,8 +349,10 @@ def _sequence(base: type[nn.Module]) -> dict[str, Any]:
 
 def _parameter_property(name: str) -> property:
     def get(self: nn.Module) -> Tensor:
-        slots = cast(Slots, self._modules["exapt"])
-        return slots.value(self, name)
+        stored = cast(Tensor, self._parameters[name])
+        if hasattr(stored, "full_tensor"):
+            return stored  # sharded just now: FSDP2 is looking for its own parameter, no forward can use it
+        return cast(Slots, self._modules["exapt"]).value(self, name)
 
     def put(self: nn.Module, value: Tensor) -> None:
         self._parameters[name] = cast(nn.Parameter, value)
@@ -347,7 +362,7 @@ def _parameter_property(name: str) -> property:
 
 def slots_of(model: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
     """Every adapted module of ``model`` with its slots."""
-    for module in model.modules():
+    for _, module in walk(model):
         slots = module._modules.get("exapt")
         if isinstance(slots, Slots):
             yield module, slots
@@ -355,11 +370,17 @@ def slots_of(model: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
 
 def refresh(module: nn.Module, slots: Slots) -> None:
     """Brings a module's chain and class in line with the active adapters; restores its own class where nothing is left."""
-    if not slots.entries and not slots.aliases and not slots.is_root:
+    if not slots.entries and not slots.aliases and not slots.is_root and not slots.watchers:
+        if slots.hook is not None:
+            slots.hook.remove()
         del module._modules["exapt"]
         module.__class__ = slots.base_class
         return
     slots.chain = slots.chain_of(slots.state.active)
+    if slots.chain.prefixes and slots.config is None and "config" in module.__dict__:
+        from exapt.core.attention import prefixed_config
+
+        slots.config = prefixed_config(module)
     module.__class__ = swapped(slots.base_class, slots.chain.overrides, bool(slots.chain.prefixes))
 
 
@@ -390,8 +411,8 @@ def usable(method: Method, site: Any) -> bool:
     if method.contract == "subset":
         if site.name != site.module_name or not any(p is not None for p in site.module._parameters.values()):
             return False
-        return bool(cast(SubsetMethod, method).select(site)) if not method.needs or site.statistics else True
+        return bool(method.needs) or bool(cast(SubsetMethod, method).select(site))
     if method.contract == "token":
         level = cast(TokenMethod, method).level
         return site.role == "attention" if level == "attention" else site.role in ("model", "embeddings")
-    return site.name == site.module_name
+    return site.name == site.module_name or site.source is not None

@@ -41,6 +41,7 @@ class LoRA(WeightMethod):
 
     key = "lora"
     paper = "LoRA: Low-Rank Adaptation of Large Language Models"
+    full_precision = True  # the low-rank product casts inside, so that no cast factor is kept for backward
 
     rank: int = 8
     alpha: float = 16.0
@@ -58,7 +59,7 @@ class LoRA(WeightMethod):
         return {"A": a, "B": a.new_zeros(d_out, self.rank)}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return w + self.factor * p["B"] @ p["A"]
+        return w + (self.factor * p["B"] @ p["A"]).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         dropped = F.dropout(x, self.dropout, base.training) if self.dropout and x.is_floating_point() else None

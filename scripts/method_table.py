@@ -1,0 +1,106 @@
+"""Writes the table of methods from the registry: README.md between its markers, and docs/methods.md whole.
+
+python scripts/method_table.py            rewrites both
+python scripts/method_table.py --check    changes nothing; exit status 1 if one is out of date
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import exapt
+from exapt.core.contract import CONTRACTS, Method
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- methods: written by scripts/method_table.py -->", "<!-- end of methods -->"
+ACTS_ON = {
+    "weight": "weight matrices",
+    "activation": "a module's output",
+    "token": "tokens, keys and values",
+    "subset": "chosen existing parameters",
+    "side": "hidden states, beside the backbone",
+    "output": "logits",
+}
+
+
+def own() -> list[type[Method]]:
+    """The library's own methods (not those that a user registered), by contract and key."""
+    order = [c.contract for c in CONTRACTS]
+    found = [cls for cls in exapt.methods().values() if cls.__module__.startswith("exapt.")]
+    return sorted(found, key=lambda cls: (order.index(cls.contract), cls.key))
+
+
+def cell(text: str) -> str:
+    """Text as it may stand in a cell."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def table(rows: list[list[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    lines = [f"| {' | '.join(cell(c) for c in row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def merges(cls: type[Method]) -> str:
+    """Whether the shift can be written into the base's own parameters."""
+    return "yes" if cls.mergeable else "no"
+
+
+def short() -> str:
+    """The table of the README."""
+    rows = [["method", "key", "acts on", "merges", "paper"]]
+    rows += [[f"`{c.__name__}`", f"`{c.key}`", ACTS_ON[c.contract], merges(c), c.paper] for c in own()]
+    return f"{table(rows)}\n\n{len(rows) - 1} methods."
+
+
+def fields(cls: type[Method]) -> str:
+    """The fields with their defaults."""
+    return ", ".join(f"`{f.name}={f.default!r}`" for f in dataclasses.fields(cls)) or "none"  # type: ignore[arg-type]
+
+
+def places(cls: type[Method]) -> str:
+    """Where it goes if the user names no sites."""
+    return ", ".join(f"`{w}`" for w in ((cls.where,) if isinstance(cls.where, str) else cls.where))
+
+
+def long() -> str:
+    """The page of the documentation: one section per contract."""
+    found = own()
+    parts = ["# Methods", "Written by `scripts/method_table.py` from the registry; `exapt.method(key, **fields)` makes one by its key."]
+    for contract in CONTRACTS:
+        members = [cls for cls in found if cls.contract == contract.contract]
+        if members:
+            rows = [["method", "key", "fields and defaults", "sites by default", "needs calibration", "merges", "paper"]]
+            rows += [[f"`{c.__name__}`", f"`{c.key}`", fields(c), places(c), ", ".join(c.needs) or "no", merges(c), c.paper] for c in members]
+            parts += [f"## `{contract.__name__}`: {ACTS_ON[contract.contract]}", table(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def wanted() -> dict[Path, str]:
+    """What both files must hold."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md has lost its markers {BEGIN} and {END}")
+    return {ROOT / "README.md": f"{before}{BEGIN}\n\n{short()}\n\n{END}{after}", ROOT / "docs" / "methods.md": long()}
+
+
+def main() -> int:
+    """Rewrites, or with ``--check`` only compares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    old = [path for path, text in wanted().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in old:
+        if check:
+            print(f"{path.relative_to(ROOT)} is out of date: run python scripts/method_table.py", file=sys.stderr)
+        else:
+            path.write_text(wanted()[path], encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 1 if check and old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""PiSSA: Principal Singular Values and Singular Vectors Adaptation (Meng et al., NeurIPS 2024)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exapt.core.base import Base
+from exapt.core.contract import Tensors, WeightMethod, frozen
+from exapt.core.registry import register
+from exapt.core.sites import Site
+
+
+@register
+@dataclass(frozen=True)
+class PiSSA(WeightMethod):
+    r"""LoRA that starts from the principal part of :math:`W`: :math:`W' = (W - s B_0 A_0) + s B A` with :math:`s = \alpha / r`.
+
+    With the singular value decomposition :math:`W = U S V^\top`, cut after :math:`r` values,
+
+    .. math:: B_0 = U_r \sqrt{S_r / s}, \qquad A_0 = \sqrt{S_r / s}\, V_r^\top.
+
+    The base keeps its weight: the residual :math:`W - s B_0 A_0` is never stored. The update is computed as
+    :math:`s\,((B - B_0) A + B_0 (A - A_0))`, a product of rank :math:`2r` that is exactly zero at the start and does not lose
+    small changes in half precision.
+
+    Args:
+        rank: Rank :math:`r`; where a matrix has fewer singular values, all of them.
+        alpha: Scale of the update; the paper sets it to the rank.
+        niter: Number of subspace iterations of the randomised decomposition; 0: the exact one.
+
+    Parameters per site:
+        ``A`` (rank, d_in) and ``B`` (d_out, rank), which train from ``A0`` and ``B0``, frozen and stored with them: a
+        decomposition may come out differently on another machine.
+
+    References:
+        Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+        NeurIPS 2024.
+
+    >>> import exapt
+    >>> from torch import nn
+    >>> model = exapt.attach(nn.Linear(4, 3), PiSSA(rank=2), where="all")
+    >>> [tuple(p.shape) for p in exapt.trainable(model).values()]
+    [(2, 4), (3, 2)]
+    """
+
+    key = "pissa"
+    paper = "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models"
+    reads_weight = True
+    full_precision = True
+
+    rank: int = 16
+    alpha: float = 16.0
+    niter: int = 0
+
+    @property
+    def factor(self) -> float:
+        """The scale :math:`s`."""
+        return self.alpha / self.rank
+
+    def init(self, site: Site) -> Tensors:
+        w, r = site.weight, min(self.rank, *site.shape)
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        if self.niter:
+            u, s, v = torch.svd_lowrank(w, r, self.niter)
+            vh = v.T
+        else:
+            u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        root = (s[:r] / self.factor).sqrt()
+        a, b = root[:, None] * vh[:r], u[:, :r] * root
+        return {"A": a, "B": b, "A0": frozen(a.clone()), "B0": frozen(b.clone())}
+
+    def weight(self, p: Tensors, w: Tensor) -> Tensor:
+        a, b = self._product(p)
+        return (w + self.factor * b @ a).to(w.dtype)
+
+    def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
+        return base.low_rank(x, *self._product(p), self.factor)
+
+    def _product(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        """The update as one product of rank ``2 r``."""
+        return torch.cat([p["A"], p["A"] - p["A0"]]), torch.cat([p["B"] - p["B0"], p["B0"]], 1)
