@@ -36,6 +36,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["config.cache"]
 
 autosummary_generate = False
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -90,8 +91,8 @@ def _module_pages() -> list[str]:
         if info.name.startswith("exapt.methods") or any(part.startswith("_") for part in info.name.split(".")):
             continue
         module = import_module(info.name)
-        own = [n for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", "") == info.name and (inspect.isclass(v) or inspect.isfunction(v))]
-        if own:
+        own = (v for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", "") == info.name)
+        if any(inspect.isclass(v) or inspect.isfunction(v) for v in own):
             pages.append(info.name)
             _page(info.name, info.name, f".. automodule:: {info.name}\n   :members:\n")
     return pages

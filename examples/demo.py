@@ -74,7 +74,8 @@ def compared(results: Results, test: Rows, shifts: dict[str, Decomposition]) -> 
     hits = {way: right(test, results[way]["predicted"]) for way in WAYS}
     lora, full = results["lora"], results["full"]
     lines = [difference(WAYS["lora"], WAYS[other], compare(hits["lora"], hits[other])) for other in ("head", "full")]
-    lines.append(f"LoRA trains {lora['trainable']:,} parameters, full fine-tuning {full['trainable']:,}: {full['trainable'] / lora['trainable']:.0f} times as many. "
+    times = full["trainable"] / lora["trainable"]
+    lines.append(f"LoRA trains {lora['trainable']:,} parameters, full fine-tuning {full['trainable']:,}: {times:.0f} times as many. "
                  f"Its file is {full['bytes'] / lora['bytes']:.0f} times smaller.")  # fmt: skip
     for way, name in WAYS.items():
         s = shifts[way]
@@ -130,14 +131,14 @@ def setting(plan: Plan, data: dict[str, Rows], files: int, kept: int, results: R
     members = stream_members(data["test"])
     mix = ", ".join(f"{c} {share:.0%}" for c, share in STREAM_MIX.items())
     old = Counter(r["label"] for r in data["test"])
+    before = ", ".join(f"{c} {old[c] / len(data['test']):.0%}" for c in LABELS)
     return [
-        f"Model: all-MiniLM-L6-v2. Text: {files:,} BBC articles in 5 classes; {files - kept} whose headline occurred before were left out.",
-        f"Split: {len(data['train'])} training, {len(data['validation'])} validation, {len(data['test'])} test articles, the first {plan.length} tokens of each.",
+        f"Model: all-MiniLM-L6-v2. Text: {files:,} BBC articles in 5 classes; {files - kept} that repeat a headline were left out.",
+        f"Split: {len(data['train'])} training, {len(data['validation'])} validation, {len(data['test'])} test articles, first {plan.length} tokens.",
         f"LoRA and full fine-tuning: {plan.epochs} epochs, batches of {plan.batch}, learning rates {plan.lora_lr:g} and {plan.full_lr:g}, "
         f"fixed before the test articles were looked at; LoRA of rank {plan.rank} on queries and values, with the head.",
         f"Linear head: logistic regression on features computed once, {results['head']['chosen']}, chosen on the validation articles.",
-        f"Stream: the headlines of {sum(members)} test articles, drawn for the mix {mix} "
-        f"(test articles: {', '.join(f'{c} {old[c] / len(data["test"]):.0%}' for c in LABELS)}).",
+        f"Stream: the headlines of {sum(members)} test articles, drawn for the mix {mix} (test articles: {before}).",
     ]
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -105,10 +104,9 @@ def base(plan: Plan) -> tuple[Any, Any]:
     for noisy in ("torch.utils._pytree", "torchao", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import torch
+    from exapt.train.tasks import TextClassification
     from transformers import AutoTokenizer, BertModel
     from transformers.utils.logging import disable_progress_bar
-
-    from exapt.train.tasks import TextClassification
 
     disable_progress_bar()
     torch.manual_seed(SEED)
@@ -202,10 +200,11 @@ def trained(data: dict[str, Rows], plan: Plan, method: Any, where: Any, lr: floa
     """Runs ``exapt.fit`` and measures it. Returns the adapted model, the task, the digest of the base before, and the measures."""
     import exapt
     from exapt.report import PeakMemory, digest
+    from exapt.train import FitConfig
 
     model, task = base(plan)
     before = digest(model)
-    config = exapt.train.FitConfig(epochs=plan.epochs, batch_size=plan.batch, lr=lr, seed=SEED, progress=True)
+    config = FitConfig(epochs=plan.epochs, batch_size=plan.batch, lr=lr, seed=SEED, progress=True)
     start = time.perf_counter()
     with PeakMemory() as memory:
         result = exapt.fit(model, task, data["train"], method, where, validation=data["validation"], config=config)

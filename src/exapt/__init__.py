@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from exapt import methods as _methods
+from exapt.core import __version__
 from exapt.core.attach import (
     Count, activate, adapters, after_step, attach, detach, disabled, parameter_count, penalty, trainable, using,
 )  # fmt: skip
@@ -20,8 +21,6 @@ from exapt.core.merge import merge, merged, unmerge
 from exapt.core.registry import method, methods, register
 from exapt.core.routing import routed
 from exapt.core.sites import Site, sites
-
-__version__ = "0.1.0"
 
 _LAZY = {"fit": "exapt.train", "evaluate": "exapt.train", "predict": "exapt.train"}
 

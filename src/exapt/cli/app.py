@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import json as jsonlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-import exapt
+from exapt.core import __version__
 from exapt.core.errors import InputError
 
 app = App(
     name="exapt",
     help="Adapts pretrained models: fit, evaluate, inspect and merge parameter shifts. Data goes to stdout, talk to stderr.",
-    version=exapt.__version__,
+    version=__version__,
     default_parameter=Parameter(negative=""),
     help_format="markdown",
     result_action="return_value",
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _talk_to_stderr():
+def _talk_to_stderr() -> Iterator[None]:
     """Keeps stdout for the result, whatever a library below prints."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

@@ -7,10 +7,11 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import yaml
 
@@ -23,10 +24,10 @@ SPLITS = ("train", "validation", "test")
 SECTIONS = ("task", "data", "train", "method")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.2 scalars (1e-3 is a number, ``yes`` and dates are text) and no key twice."""
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -34,7 +35,7 @@ class _Loader(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f'the key "{key.value}" is there twice', key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return dict(super().construct_mapping(node, deep))
 
 
 _NUMBER = r"[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
@@ -52,11 +53,13 @@ class Config:
         path: The YAML file.
         data: Everything as plain data, command line included; what provenance keeps.
         method: The method, or methods by their places.
+        command: The command line, as it can be typed again.
     """
 
     path: Path
     data: dict[str, Any]
     method: Method | dict[Any, Method] | None
+    command: str = ""
 
     @property
     def digest(self) -> str:
@@ -66,17 +69,23 @@ class Config:
     def __getitem__(self, key: str) -> Any:
         """The value of a key that the command at hand cannot do without."""
         if self.data.get(key) is None:
-            raise InputError(f'{self.path}: "{key}" is missing; add it to the file or give --{key.replace(".", " ")}')
+            raise InputError(f'{self.path}: "{key}" is missing; add it to the file or give --{key}')
         return self.data[key]
 
+    def place(self, split: str) -> None:
+        """Raises where a part of the data is not named that the command at hand cannot do without."""
+        if self.data["data"].get(split) is None:
+            raise InputError(f'{self.path}: "data.{split}" is missing; add it to the file or give --data.{split}')
 
-def read_config(path: Path, overrides: Sequence[str] = (), direct: dict[str, Any] | None = None) -> Config:
+
+def read_config(path: Path, overrides: Sequence[str] = (), direct: Mapping[str, str | None] | None = None, verb: str = "fit") -> Config:
     """Reads a configuration.
 
     Args:
         path: The YAML file.
         overrides: Words of the command line: ``--rank 16``, ``--train.lr=1e-3``, ``--data.test FILE``.
         direct: Values of top-level keys from flags of their own; ``None`` values are left out.
+        verb: The command, for provenance.
 
     Raises:
         InputError: for a file that is missing or no YAML, and for any key or value that is not known.
@@ -90,19 +99,20 @@ def read_config(path: Path, overrides: Sequence[str] = (), direct: dict[str, Any
             raise InputError(f'{path}: "{key}" is {data[key]!r}; it must hold keys and values')
     if isinstance(data.get("method"), str):
         data["method"] = {"method": data["method"]}
-    for flag, value in _flags(overrides):
+    for flag, value in sorted(_flags(overrides), key=lambda pair: pair[0] != "method"):
         _lay(data, flag, value, path)
     data |= {k: v for k, v in (direct or {}).items() if v is not None}
     for split in data["data"]:
         if split not in SPLITS:
             raise InputError(f'{path}: data has no part "{split}"{did_you_mean(str(split), SPLITS)} (it has {", ".join(SPLITS)})')
     data["where"] = _where(data.get("where"))
-    return Config(path, data, _method(data, path))
+    words = [w for k, v in (direct or {}).items() if v is not None for w in (f"--{k}", v)]
+    return Config(path, data, _method(data, path), shlex.join(["exapt", verb, str(path), *overrides, *words]))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of a YAML configuration") from None
     except UnicodeDecodeError as e:
@@ -132,7 +142,7 @@ def _flags(words: Sequence[str]) -> list[tuple[str, str]]:
 
 def _scalar(text: str) -> Any:
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
     return text if isinstance(value, dict) else value
@@ -150,7 +160,7 @@ def _lay(data: dict[str, Any], flag: str, text: str, path: Path) -> None:
     elif not dot or section == "method":
         _lay_field(data.get("method"), key if dot else flag, _scalar(text), path)
     else:
-        raise InputError(f'no flag --{flag}{did_you_mean(section, KEYS)} (sections are {", ".join(SECTIONS)})')
+        raise InputError(f"no flag --{flag}{did_you_mean(section, KEYS)} (sections are {', '.join(SECTIONS)})")
 
 
 def _lay_field(method: Any, name: str, value: Any, path: Path) -> None:
@@ -162,14 +172,19 @@ def _lay_field(method: Any, name: str, value: Any, path: Path) -> None:
         for f in dataclasses.fields(cls) if cls else ():  # type: ignore[arg-type]
             known.setdefault(f.name, []).append(rule)
     if name not in known and all(str(r.get("method")) in methods() for r in rules):
-        from exapt.train import FitConfig
-
-        also = [f"train.{f.name}" for f in dataclasses.fields(FitConfig)]
-        near = did_you_mean(name, [*known, *KEYS]) or next((f'; did you mean "{a}"?' for a in also if a == f"train.{name}"), did_you_mean(f"train.{name}", also))
+        near = did_you_mean(name, [*known, *KEYS]) or _near_setting(name)
         keys = ", ".join(dict.fromkeys(str(r.get("method")) for r in rules)) or f"no method in {path}"
         raise InputError(f"no flag --{name}{near} (fields of {keys}: {', '.join(known) or 'none'})")
     for rule in known.get(name, ()):
         rule[name] = value
+
+
+def _near_setting(name: str) -> str:
+    """Where a name that is no field of the method is one of the training's, it was written without its section."""
+    from exapt.train import FitConfig
+
+    settings = [f.name for f in dataclasses.fields(FitConfig)]
+    return f'; did you mean "--train.{name}"?' if name in settings else did_you_mean(f"train.{name}", [f"train.{s}" for s in settings])
 
 
 def _where(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -114,9 +115,10 @@ def load_model(text: str, kind: str | None = None) -> nn.Module:
     auto = _auto(source, kind)
     more = {} if source.gguf else {"use_safetensors": True}
     try:
-        return auto.from_pretrained(name, **where, **more).eval()
+        model: nn.Module = auto.from_pretrained(name, **where, **more)
     except (OSError, ValueError) as e:
         raise InputError(f'model "{text}": could not be loaded as {auto.__name__} ({_first_line(e)}); give {FORMS}') from e
+    return model.eval()
 
 
 def outline(text: str) -> nn.Module:
@@ -125,35 +127,44 @@ def outline(text: str) -> nn.Module:
     if source.path is None:
         return _call(source)
     with torch.device("meta"):
-        return _auto(source, None).from_config(_configuration(source))
+        model: nn.Module = _auto(source, None).from_config(_configuration(source))
+    return model
 
 
 def load_tokenizer(text: str) -> Any:
     """Loads the tokenizer that lies beside a model."""
-    from transformers import AutoTokenizer
-
     name, where = locate(text).arguments
     try:
-        return AutoTokenizer.from_pretrained(name, **where)
+        return _transformers().AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as e:
         raise InputError(f'"{text}" has no tokenizer that can be loaded ({_first_line(e)}); name another under task.tokenizer') from e
 
 
 def _auto(source: Source, kind: str | None) -> Any:
-    import transformers
-
+    transformers = _transformers()
     if kind is None:
         architecture = next(iter(getattr(_configuration(source), "architectures", None) or []), "")
         kind = "causal_lm" if source.gguf or architecture.endswith(("ForCausalLM", "LMHeadModel")) else "features"
     return transformers.AutoModelForCausalLM if kind == "causal_lm" else transformers.AutoModel
 
 
-def _configuration(source: Source) -> Any:
-    from transformers import AutoConfig
+def _transformers() -> Any:
+    """transformers, imported without what its own optional packages log of kernels that are not built for this machine."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import transformers
+        import transformers.modeling_utils
 
+        return transformers
+    finally:
+        logging.disable(before)
+
+
+def _configuration(source: Source) -> Any:
     name, where = source.arguments
     try:
-        return AutoConfig.from_pretrained(name, **where)
+        return _transformers().AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError) as e:
         raise InputError(f'model "{source.text}": its configuration cannot be read ({_first_line(e)}); give {FORMS}') from e
 

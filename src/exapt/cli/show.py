@@ -29,7 +29,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: st
 
     numeric = (int, float)
     data = [list(r) for r in rows]
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, show_header=any(columns))
     for i, column in enumerate(columns):
         right = bool(data) and all(isinstance(r[i], numeric) for r in data)
         table.add_column(column, justify="right" if right else "left", overflow="fold")
@@ -83,16 +83,14 @@ def method_entry(cls: type[Method]) -> dict[str, Any]:
         "shared": cls.shared is not Method.shared,
         "needs": list(example.needs),
         "fast_path": issubclass(cls, (WeightMethod, SubsetMethod)) and cls.has_fast_path(),
-        "parameters": [
-            {"name": f.name, "type": type_text(hints[f.name]), "default": _default(f), "required": _default(f) is dataclasses.MISSING, "help": helps.get(f.name, "")}
-            | ({"default": None} if _default(f) is dataclasses.MISSING else {})
-            for f in fields
-        ],
+        "parameters": [_parameter(f, type_text(hints[f.name]), helps.get(f.name, "")) for f in fields],
     }
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+def _parameter(field: dataclasses.Field[Any], kind: str, text: str) -> dict[str, Any]:
+    required = field.default is field.default_factory is dataclasses.MISSING
+    default = field.default if field.default is not dataclasses.MISSING else None if required else field.default_factory()  # type: ignore[operator]
+    return {"name": field.name, "type": kind, "default": default, "required": required, "help": text}
 
 
 def type_text(hint: Any) -> str:
@@ -206,10 +204,10 @@ def environment() -> str:
     """Versions of exapt, its extras, PyTorch and the machine, for a bug report."""
     from torch.utils.collect_env import get_pretty_env_info
 
-    import exapt
     from exapt.cli.extras import extras
+    from exapt.core import __version__
 
-    lines = [f"exapt {exapt.__version__}, {len(methods())} methods"]
+    lines = [f"exapt {__version__}, {len(methods())} methods"]
     for extra, packages in extras().items():
         lines.append(f"  [{extra}] " + ", ".join(f"{name} {version or '(not installed)'}" for name, version in packages.items()))
-    return "\n".join([*lines, "", get_pretty_env_info()])
+    return "\n".join([*lines, "", get_pretty_env_info()])  # type: ignore[no-untyped-call]

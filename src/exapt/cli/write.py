@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def write_text(target: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def write_model(model: nn.Module, target: Path, tokenizer: Any = None) -> None:
+def write_model(model: nn.Module, target: Path, tokenizer: Any = None, beside: Mapping[str, nn.Module | None] | None = None) -> None:
     """Writes a model's weights.
 
     Args:
@@ -58,6 +58,7 @@ def write_model(model: nn.Module, target: Path, tokenizer: Any = None) -> None:
         target: ``NAME.safetensors``: one file with every parameter and buffer (tied ones once). Otherwise a folder, as
             ``save_pretrained`` makes it, which only a transformers model has.
         tokenizer: Put into the folder too.
+        beside: Further modules for the folder, each a ``NAME.safetensors``.
     """
     from safetensors.torch import save_model
 
@@ -72,3 +73,6 @@ def write_model(model: nn.Module, target: Path, tokenizer: Any = None) -> None:
         save_pretrained(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
+        for name, module in (beside or {}).items():
+            if module is not None:
+                save_model(module, str(path / f"{name}.safetensors"))

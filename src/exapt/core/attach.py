@@ -54,7 +54,7 @@ def state_of(model: nn.Module, make: bool = False) -> State:
         raise InputError("a part of this model carries adapters already; detach them, then attach to the whole model")
     parameters = dict(model.named_parameters())
     state = State(grad={n: p.requires_grad for n, p in parameters.items()})
-    _slots(model, state, is_root=True)
+    refresh(model, _slots(model, state, is_root=True))
     for p in parameters.values():
         p.requires_grad_(False)
     return state
@@ -149,7 +149,7 @@ def _plan(model: nn.Module, rules: Sequence[tuple[Any, Method]], statistics: Sta
     taken: set[tuple[str, str]] = set()
     plan = []
     for where, method in rules:
-        chosen = choose(found, method.where if where is None else where, lambda s, m=method: usable(m, s))
+        chosen = choose(found, method.where if where is None else where, lambda s, m=method: usable(m, s))  # type: ignore[misc]
         chosen = Sites(s for s in _once(chosen, method) if (method.contract, s.name) not in taken)
         taken |= {(method.contract, s.name) for s in chosen}
         for site in chosen:
@@ -292,7 +292,8 @@ def _keeps_modules_called(module: nn.Module, args: Any) -> None:
 
 def _fused_parent(site: Site, model: nn.Module) -> bool:
     """Whether torch may run a parent by one fused kernel, which calls no child."""
-    return isinstance(site.module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) or any(isinstance(m, nn.TransformerEncoderLayer) for m in _parents(site, model))
+    fused = isinstance(site.module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
+    return fused or any(isinstance(m, nn.TransformerEncoderLayer) for m in _parents(site, model))
 
 
 def _read_by_parent(site: Site, model: nn.Module) -> bool:

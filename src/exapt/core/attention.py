@@ -51,9 +51,7 @@ def _register() -> None:
     AttentionInterface.register(INTERFACE, _prefixed_attention)
 
 
-def _prefixed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Any:
+def _prefixed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     """The model's own attention function, on keys and values with the prefix in front."""
     slots = cast("Slots", module._modules["exapt"])
     key, value, added = extend_keys(slots.chain.prefixes, key, value)
@@ -62,6 +60,8 @@ def _prefixed_attention(
     mask = _widen(attention_mask, query, key, added, bool(causal))
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (added, 0))
+    if mask is not None and mask.dtype == torch.bool and module.__dict__["config"]._attn_implementation == "eager":
+        mask = _additive(~mask, query)
     return _original(module)(module, query, key, value, mask, is_causal=False, **kwargs)
 
 
@@ -73,7 +73,7 @@ def _original(module: nn.Module) -> Callable[..., Any]:
         return cast(Callable[..., Any], sys.modules[type(module).__module__].eager_attention_forward)  # type: ignore[attr-defined]
     if name != "sdpa":
         raise InputError(f'prefixes need attention "sdpa" or "eager", this model has "{name}"; set attn_implementation when loading it')
-    return cast(Callable[..., Any], AttentionInterface()[name])
+    return cast(Any, AttentionInterface)()[name]
 
 
 def extend_keys(prefixes: tuple[Entry, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -135,12 +135,10 @@ def prefixed_multihead(module: nn.MultiheadAttention, prefixes: tuple[Entry, ...
     if not module.batch_first:
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))
     heads = module.num_heads
-    if module.in_proj_weight is not None:
-        weights = module.in_proj_weight.chunk(3)
-    else:
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    apart = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    weights = module.in_proj_weight.chunk(3) if module.in_proj_weight is not None else apart
     biases = module.in_proj_bias.chunk(3) if module.in_proj_bias is not None else (None, None, None)
-    q, k, v = (F.linear(t, w, b).unflatten(-1, (heads, -1)).transpose(1, 2) for t, w, b in zip((q, k, v), weights, biases, strict=True))
+    q, k, v = (F.linear(t, w, b).view(*t.shape[:2], heads, -1).transpose(1, 2) for t, w, b in zip((q, k, v), weights, biases, strict=True))
     k, v, added = extend_keys(prefixes, k, v)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     scores = scores + _multihead_mask(a, q, k.shape[2] - added, added)
@@ -158,29 +156,43 @@ def _multihead_mask(a: dict[str, Any], q: Tensor, length: int, added: int) -> Te
     for given in (a["key_padding_mask"], a["attn_mask"]):
         if given is None:
             continue
-        extra = torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf) if given.dtype == torch.bool else given.to(q.dtype)
+        extra = _additive(given, q)
         if given is a["key_padding_mask"]:
             extra = extra[:, None, None, :]
         elif extra.dim() == 3:
-            extra = extra.unflatten(0, (q.shape[0], -1))
+            extra = extra.view(q.shape[0], -1, *extra.shape[1:])
         mask = mask + extra
     return F.pad(mask, (added, 0))
 
 
 def block_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
-    """The attention mask that a block was called with, and whether its attention is causal."""
+    """The attention mask that a block was called with, as scaled_dot_product_attention takes it, and whether it is causal."""
     slots = cast("Slots", module._modules["exapt"])
     try:
         given = inspect.signature(slots.base_class.forward).bind_partial(module, *args, **kwargs).arguments
     except TypeError:
         given = dict(kwargs)
     given = {**given, **given.get("kwargs", {})}
-    mask = given.get("attention_mask", given.get("src_mask"))
+    if _cached_length(given.get("past_key_values")):
+        raise InputError("a side network keeps no cache and needs the whole sequence; generate with use_cache=False")
     causal = bool(given.get("is_causal")) or any(getattr(m, "is_causal", False) is True for m in module.modules())
-    padding = given.get("src_key_padding_mask")
-    if padding is not None:
-        mask = ~padding[:, None, None, :] if padding.dtype == torch.bool else padding[:, None, None, :]
-    return mask, causal
+    mask, padding = given.get("src_mask"), given.get("src_key_padding_mask")
+    if mask is None and padding is None:
+        mask = given.get("attention_mask")
+        if mask is not None and mask.dim() == 2:  # flash attention's: which keys are there
+            mask = mask[:, None, None, :].bool()
+            mask = mask & torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool, device=mask.device).tril() if causal else mask
+        return mask, causal
+    if mask is not None and mask.dim() != 2:
+        raise InputError("a side network has heads of its own; give the block a src_mask (length, length), not one for each head")
+    like = given["src"]
+    parts = [_additive(m, like) for m in (mask, None if padding is None else padding[:, None, None, :]) if m is not None]
+    return (parts[0] if len(parts) == 1 else parts[0] + parts[1]), False
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of torch.nn's modules, where True means to leave out, as a term of the scores."""
+    return like.new_zeros(mask.shape).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(like.dtype)
 
 
 def run_prompted(slots: Slots, module: nn.Module, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,8 +203,9 @@ def run_prompted(slots: Slots, module: nn.Module, chain: Chain, args: tuple[Any,
     ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
     if embedded is None:
         if ids is None or not callable(getattr(module, "get_input_embeddings", None)):
-            raise InputError("prompt tokens need a transformers model called with input_ids or inputs_embeds")
-        embedded = module.get_input_embeddings()(ids)
+            hint = "; of an encoder-decoder, call the model itself: its generate() runs the encoder without the prompt" if "encoder_outputs" in given else ""
+            raise InputError(f"prompt tokens need a transformers model called with input_ids or inputs_embeds{hint}")
+        embedded = cast(Any, module).get_input_embeddings()(ids)
     length, cached = embedded.shape[1], _cached_length(given.get("past_key_values"))
     longer = embedded
     for e in chain.tokens:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exapt.core.layers import dense, is_quantised
@@ -89,7 +88,7 @@ class Base:
         y = self(x)
         inner = x if low_rank_x is None else low_rank_x
         if self.slots.layer.kind in ("linear", "conv1d_hf") and y.is_contiguous():
-            return LowRank.apply(y, inner.to(y.dtype), A, B, scale)
+            return LowRank.apply(y, inner.to(y.dtype), A, B, scale)  # type: ignore[no-untyped-call]
         return y + scale * self.out(B.to(y.dtype), self.apply(A.to(y.dtype), inner))
 
     @property

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from exapt.core import __version__
 from exapt.core.attach import activate, hang, made_tensors, remove, start, state_of
 from exapt.core.contract import Method, as_dict, frozen
 from exapt.core.errors import InputError
@@ -155,8 +156,6 @@ def save(
     Returns:
         The path written.
     """
-    import exapt
-
     state = state_of(model)
     if name not in state.adapters:
         raise InputError(f'no adapter "{name}" on this model to save (attached: {", ".join(state.adapters)})')
@@ -168,7 +167,7 @@ def save(
         "rules": [{"method": as_dict(m), "sites": where, "shapes": [_site_shape(known[w]) for w in where]} for m, where in adapter.rules],
         "fingerprint": fingerprint(model, _replaced(model, name)),
         "base": cast(Any, model._modules["exapt"]).base_class.__name__,
-        "versions": {"exapt": exapt.__version__, "torch": str(torch.__version__)},
+        "versions": {"exapt": __version__, "torch": str(torch.__version__)},
         "provenance": dict(provenance if provenance is not None else adapter.metadata.get("provenance", {})),
         "metrics": dict(metrics if metrics is not None else adapter.metadata.get("metrics", {})),
         "checksums": checksums,
@@ -238,12 +237,12 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
 def _refuse_header(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as f:
-        start = f.read(8)
+        start = f.read(9)
     if size == 0:
         raise InputError(f"{path}: the file is empty")
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
         raise InputError(f"{path}: this is a pickle (a torch .pt/.bin file), which exapt never loads; convert it to safetensors")
-    length = int.from_bytes(start, "little")
+    length = int.from_bytes(start[:8], "little")
     if size < 8 or length > size - 8:
         raise InputError(f"{path}: not a whole safetensors file ({size} bytes); it is damaged, truncated or something else")
     if length > MAX_HEADER:
@@ -321,20 +320,28 @@ def _site_shape(site: Site) -> list[int] | None:
     return list(site.layer.shape) if site.layer else None
 
 
+def _by_place(listed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``place/tensor`` keys, gathered by place."""
+    gathered: dict[str, dict[str, Any]] = {}
+    for key, value in listed.items():
+        place, _, tensor = key.rpartition("/")
+        gathered.setdefault(place, {})[tensor] = value
+    return gathered
+
+
 class _Stored:
     """Takes an adapter's tensors from a file; only those made from a seed are made again."""
 
     def __init__(self, data: AdapterFile, dtype: torch.dtype | None, path: Any) -> None:
         self.data, self.dtype, self.path = data, dtype, path
+        self.stored, self.again = _by_place(data.manifest), _by_place(data.checksums)
 
     def _holder(self, place: str, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> tuple[Holder, dict[str, Tensor]]:
-        prefix = f"{place}/"
         tensors: dict[str, Tensor] = {}
-        for key, (_, trains) in self.data.manifest.items():
-            if key.startswith(prefix):
-                value = self.data.tensors[key]
-                tensors[key.removeprefix(prefix)] = value if trains else frozen(value)
-        again = {k.removeprefix(prefix): v for k, v in self.data.checksums.items() if k.startswith(prefix)}
+        for k, (_, trains) in self.stored.get(place, {}).items():
+            value = self.data.tensors[f"{place}/{k}"]
+            tensors[k] = value if trains else frozen(value)
+        again = self.again.get(place, {})
         if again:
             with torch.random.fork_rng(devices=[]):
                 made = make()
@@ -343,7 +350,7 @@ class _Stored:
             for k, digest in again.items():
                 t = fresh.tensors().get(k)
                 if t is None or _digest(t.cpu()) != digest:
-                    raise InputError(f"{self.path}: {prefix}{k} is made from a seed and came out different here than where the file was written")
+                    raise InputError(f"{self.path}: {place}/{k} is made from a seed and came out different here than where the file was written")
                 tensors[k] = frozen(t, saved=False)
         return Holder(tensors, device, self.dtype), tensors
 

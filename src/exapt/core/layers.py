@@ -189,8 +189,9 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield name, module
-        prefix = f"{name}." if name else ""
-        waiting += [(prefix + key, m) for key, m in reversed(module._modules.items()) if m is not None and key != "exapt"]
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, m) for key, m in reversed(module._modules.items()) if m is not None and key != "exapt"]
 
 
 def _parameter(m: nn.Module, name: str) -> Tensor:
@@ -205,7 +206,7 @@ def _plain(m: nn.Module, name: str, bias: str | None) -> Layer:
 
 
 def _stacked(m: nn.Module, name: str) -> Layer:
-    experts, a, b = stored = tuple(_parameter(m, name).shape)
+    _, a, b = stored = tuple(_parameter(m, name).shape)
     turned = bool(getattr(m, "is_transposed", False))
     bias = f"{name}_bias" if f"{name}_bias" in m._parameters else None
     return Stacked(name, bias, (b, a) if turned else (a, b), stored, turned)
@@ -223,7 +224,7 @@ def layers_of(module: nn.Module) -> list[Layer]:
     >>> [(layer.kind, layer.shape) for layer in layers_of(nn.Conv2d(4, 6, 3, groups=2))]
     [('conv', (6, 18))]
     """
-    if isinstance(module, nn.RNNBase) or isinstance(module, NORMS):
+    if isinstance(module, (nn.RNNBase, *NORMS)):
         return []  # an RNN reads its weights from a flat list of its own; a norm's weight is a vector
     if isinstance(module, nn.Linear):
         if module._parameters.get("weight") is None:
@@ -231,7 +232,7 @@ def layers_of(module: nn.Module) -> list[Layer]:
         shape = (module.out_features, module.in_features)
         return [Linear("weight", "bias", shape, shape)]
     if isinstance(module, nn.Embedding):
-        return [Embedding("weight", None, (module.embedding_dim, module.num_embeddings), tuple(module._parameters["weight"].shape))]
+        return [Embedding("weight", None, (module.embedding_dim, module.num_embeddings), tuple(_parameter(module, "weight").shape))]
     if isinstance(module, (*CONV, *CONV_TRANSPOSED)):
         return [_conv(module)]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

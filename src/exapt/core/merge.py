@@ -118,7 +118,7 @@ def _exact(e: Entry, parameter: str, values: dict[str, Tensor], stored: Tensor) 
 def _fold(e: Entry, module: nn.Module, values: dict[str, Tensor]) -> None:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or not is_leaf(module):
-        raise InputError(f"{e.site_name}: {e.method.key} folds into a layer with a weight of its own, not into a composite module; attach it to layers to merge")
+        raise InputError(f"{e.site_name}: {e.method.key} folds into a layer with a weight of its own, not a composite module; attach it to layers to merge")
     layer = e.layer
     w = values.get("weight", weight)
     b = values.get("bias", bias) if bias is not None else None

@@ -89,7 +89,8 @@ class Site:
         """Floating-point type of the base parameters (of a quantised base: of what it dequantises to)."""
         for p in self._parameters():
             if is_quantised(p):
-                return getattr(getattr(p, "quant_state", None), "dtype", None) or getattr(p, "dtype", torch.float32)
+                kind: torch.dtype = getattr(getattr(p, "quant_state", None), "dtype", None) or p.dtype
+                return kind
             if p.is_floating_point():
                 return p.dtype
         return torch.get_default_dtype()
@@ -169,7 +170,9 @@ def _parameter_role(parameter: str) -> str:
     return named_role(parameter) or "matrix"
 
 
-LINEAR_ROLES = ("linear", "attention.query", "attention.key", "attention.value", "attention.qkv", "attention.output", "mlp.up", "mlp.down", "mlp.gate")  # fmt: skip
+LINEAR_ROLES = (
+    "linear", "attention.query", "attention.key", "attention.value", "attention.qkv", "attention.output", "mlp.up", "mlp.down", "mlp.gate",
+)  # fmt: skip
 
 
 def _braces(pattern: str) -> list[str]:
@@ -220,4 +223,4 @@ def choose(found: Sequence[Site], where: Where, usable: Callable[[Site], bool]) 
 
 def with_statistics(site: Site, statistics: Mapping[str, Mapping[str, Tensor]] | None) -> Site:
     """Returns the site with its own part of what :func:`exapt.calibrate` collected."""
-    return replace(site, statistics=dict((statistics or {}).get(site.name, {})))
+    return replace(site, statistics=dict(statistics.get(site.name, {}))) if statistics else site

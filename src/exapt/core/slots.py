@@ -33,7 +33,7 @@ class Holder(nn.Module):
         super().__init__()
         for name, t in tensors.items():
             fixed = isinstance(t, nn.Buffer)
-            value = t.detach().to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
+            value = t.detach().to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype).contiguous()
             if fixed:
                 self.register_buffer(name, value, persistent=cast(Any, t).persistent)
             else:
@@ -84,7 +84,8 @@ class Entry:
         if isinstance(self.method, SubsetMethod):
             return _replace(self.chosen.get(parameter), p, parameter, value, self.layer)
         layer = self.layer
-        assert layer is not None and isinstance(self.method, WeightMethod)
+        assert layer is not None
+        assert isinstance(self.method, WeightMethod)
         run: Callable[..., Tensor]
         if parameter == layer.parameter:
             matrix, run = layer.to_matrix(value), self.method.weight
@@ -147,20 +148,25 @@ class Chain:
 class Slots(nn.Module):
     """The child named ``exapt`` of an adapted module."""
 
+    state: State
+    is_root: bool
+    base_class: type[nn.Module]
+    _main_layer: Layer | None
+    entries: list[Entry]
+    aliases: list[tuple[str, tuple[nn.Module, str]]]
+    chain: Chain
+    chains: dict[tuple[str, ...], Chain]
+    watchers: int
+    seen: Tensor | None
+    hook: Any
+    config: Any
+
     def __init__(self, state: State, base_class: type[nn.Module], layer: Layer | None, is_root: bool = False) -> None:
         super().__init__()
-        self.state = state
-        self.is_root = is_root
-        self.base_class = base_class
-        self._main_layer = layer
-        self.entries: list[Entry] = []
-        self.aliases: list[tuple[str, tuple[nn.Module, str]]] = []
-        self.chain = Chain()
-        self.chains: dict[tuple[str, ...], Chain] = {}
-        self.watchers = 0
-        self.seen: Tensor | None = None
-        self.hook: Any = None
-        self.config: Any = None
+        self.__dict__.update(  # not one by one: nn.Module's __setattr__ looks through every register each time
+            state=state, is_root=is_root, base_class=base_class, _main_layer=layer, entries=[], aliases=[], chain=Chain(), chains={},
+            watchers=0, seen=None, hook=None, config=None,
+        )  # fmt: skip
 
     @property
     def layer(self) -> Layer:
@@ -221,10 +227,10 @@ class Slots(nn.Module):
         else:
             y = self.frozen_forward(module, *args, **kwargs)
         for e in chain.tokens:
-            y = replace_first(y, lambda h, e=e: e.method.extend(e.tensors(h.dtype), h))
+            y = replace_first(y, lambda h, e=e: e.method.extend(e.tensors(h.dtype), h))  # type: ignore[misc]
         for e in chain.after:
             x = first_tensor(args, kwargs) if e.source is None else cast(Tensor, e.source.seen)
-            y = replace_first(y, lambda h, e=e, x=x: _activation(e, x, h))
+            y = replace_first(y, lambda h, e=e, x=x: _activation(e, x, h))  # type: ignore[misc]
         return y
 
 
@@ -273,7 +279,7 @@ def _run_sides(slots: Slots, module: nn.Module, chain: Chain, args: tuple[Any, .
         seen.hidden.append(first_tensor((y,), {}))
         if e.last:
             final = e.method.forward(e.tensors(seen.hidden[-1].dtype), taps.pop(e.adapter))
-            y = replace_first(y, lambda h, final=final: final)
+            y = replace_first(y, lambda h, final=final: final)  # type: ignore[misc]
     return y
 
 
@@ -304,7 +310,7 @@ def replace_first(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _rebuild(base: type[nn.Module], overrides: tuple[str, ...], attention: bool) -> nn.Module:
-    return cast(nn.Module, object.__new__(swapped(base, overrides, attention)))
+    return object.__new__(swapped(base, overrides, attention))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -323,7 +329,7 @@ def swapped(base: type[nn.Module], overrides: tuple[str, ...], attention: bool) 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _rebuild, (base, overrides, attention), self.__dict__
 
-    body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}  # fmt: skip
+    body: dict[str, Any] = {k: getattr(base, k) for k in ("__module__", "__qualname__", "__doc__")} | {"forward": forward, "__reduce_ex__": reduce}
     if issubclass(base, nn.Sequential):
         body.update(_sequence(base))
     for name in overrides:
@@ -381,12 +387,12 @@ def refresh(module: nn.Module, slots: Slots) -> None:
         from exapt.core.attention import prefixed_config
 
         slots.config = prefixed_config(module)
-    module.__class__ = swapped(slots.base_class, slots.chain.overrides, bool(slots.chain.prefixes))
+    module.__class__ = swapped(slots.base_class, slots.chain.overrides, bool(slots.chain.prefixes))  # type: ignore[arg-type]
 
 
 def selection(method: SubsetMethod, site: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a subset method at a site (chosen entries' present values, their indices), and how each was chosen."""
-    from exapt.core.contract import Entries, frozen
+    from exapt.core.contract import Entries, Whole, frozen
     from exapt.core.layers import dense
 
     tensors: dict[str, Tensor] = {}
@@ -399,7 +405,7 @@ def selection(method: SubsetMethod, site: Any) -> tuple[dict[str, Tensor], dict[
             tensors[name], chosen[name] = value.flatten()[part.index], "entries"
         else:
             tensors[name], chosen[name] = value.clone(), "whole"
-        if not chosen[name] == "whole":
+        if not isinstance(part, Whole):
             tensors[f"{name}_index"] = frozen(part.index)
     return tensors, chosen
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.orthogonal import cayley, rotate
 from exapt.core.registry import register
 from exapt.core.sites import Site
-from exapt.methods._orthogonal import cayley, rotate
 
 
 @register
@@ -52,12 +52,12 @@ class BOFT(WeightMethod):
 
     def check(self, site: Site) -> None:
         if site.layer is not None and site.layer.kind == "embedding":
-            raise InputError(f"{site.name}: {self.key} rotates inputs, and an embedding's are token ids; leave it out of where=")
+            raise InputError(f"{site.name or '(model)'}: {self.key} rotates inputs, and an embedding's are token ids; leave it out of where=")
         if self.factors < 1:
-            raise InputError(f"{site.name}: factors={self.factors}; BOFT needs at least one factor")
+            raise InputError(f"{site.name or '(model)'}: factors={self.factors}; BOFT needs at least one factor")
         if self._block(site.shape[1]) is None:
             raise InputError(
-                f"{site.name}: no block size from 2 to {self.block_size} fits d_in={site.shape[1]} with {self.factors} factors "
+                f"{site.name or '(model)'}: no block size from 2 to {self.block_size} fits d_in={site.shape[1]} with {self.factors} factors "
                 f"(2^{self.factors - 1} blocks of even size must divide it); lower factors or raise block_size"
             )
 

@@ -49,9 +49,9 @@ class IA3(WeightMethod):
         if site.layer is None or not self._scales_inputs(site):
             return
         if site.layer.groups > 1:
-            raise InputError(f"{site.name}: inputs of a grouped convolution cannot be scaled by its matrix; leave it out of where= or of inputs=")
+            raise InputError(f"{site.name or '(model)'}: inputs of a grouped convolution cannot be scaled by its matrix; leave it out of where= or of inputs=")
         if site.layer.kind == "embedding":
-            raise InputError(f"{site.name}: an embedding's inputs are token ids and cannot be scaled; leave it out of where= or of inputs=")
+            raise InputError(f"{site.name or '(model)'}: an embedding's inputs are token ids and cannot be scaled; leave it out of where= or of inputs=")
 
     def _scales_inputs(self, site: Site) -> bool:
         return fnmatchcase(site.role, self.inputs)

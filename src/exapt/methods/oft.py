@@ -9,9 +9,9 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.orthogonal import cayley, rotate, skew
 from exapt.core.registry import register
 from exapt.core.sites import Site
-from exapt.methods._orthogonal import cayley, rotate, skew
 
 
 @register
@@ -55,9 +55,11 @@ class OFT(WeightMethod):
 
     def check(self, site: Site) -> None:
         if site.layer is not None and site.layer.kind == "embedding":
-            raise InputError(f"{site.name}: {self.key} rotates inputs, and an embedding's are token ids; leave it out of where=")
+            raise InputError(f"{site.name or '(model)'}: {self.key} rotates inputs, and an embedding's are token ids; leave it out of where=")
         if self._block(site.shape[1]) < 2:
-            raise InputError(f"{site.name}: block_size={self.block_size}, but no divisor of d_in={site.shape[1]} lies from 2 to that; raise block_size")
+            raise InputError(
+                f"{site.name or '(model)'}: block_size={self.block_size}, but no divisor of d_in={site.shape[1]} lies in 2..{self.block_size}; raise it"
+            )
 
     def _block(self, d_in: int) -> int:
         return next(b for b in range(max(1, min(self.block_size, d_in)), 0, -1) if d_in % b == 0)

@@ -85,7 +85,9 @@ class FitConfig:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and (not number or not low <= value <= high or (name in ("lr", "clip") and value == 0)):
-                raise InputError(f"train.{name} is {value!r}; it must be a number {'from 0 to 1' if high == 1 else 'above 0' if name != 'weight_decay' else 'of at least 0'}")
+                raise InputError(
+                    f"train.{name} is {value!r}; it must be a number {'from 0 to 1' if high == 1 else 'above 0' if name != 'weight_decay' else 'of at least 0'}"
+                )
         if not isinstance(self.seed, int) or not isinstance(self.workers, int) or self.workers < 0:
             raise InputError(f"train.seed and train.workers are whole numbers, not {self.seed!r} and {self.workers!r}")
         if self.folder is None and (self.save_every or self.resume):

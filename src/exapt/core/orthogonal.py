@@ -1,4 +1,4 @@
-"""Orthogonal matrices from unconstrained numbers, for the methods that rotate. Registers nothing itself."""
+"""Orthogonal matrices from unconstrained numbers, and block-diagonal rotations by them, for methods that rotate."""
 
 from math import isqrt
 

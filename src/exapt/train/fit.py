@@ -1,0 +1,356 @@
+"""The verbs of training: ``fit``, ``evaluate``, ``predict``."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from exapt.core.attach import Statistics, adapters, attach, state_of
+from exapt.core.calibrate import calibrate
+from exapt.core.contract import Method
+from exapt.core.errors import InputError
+from exapt.core.file import save, write_aside
+from exapt.core.registry import method as method_of
+from exapt.core.sites import choose, sites
+from exapt.core.slots import slots_of, usable
+from exapt.train.batches import Source, is_loader, plain_parts
+from exapt.train.checkpoint import copied, tracked
+from exapt.train.config import FitConfig
+from exapt.train.data import load_data
+from exapt.train.heads import Classifier, head_places, headless, to_device
+from exapt.train.loop import Loop, observed, optimiser
+from exapt.train.memory import Peak
+from exapt.train.metrics import bootstrap
+from exapt.train.strategy import fabric_of, recomputed, to_bfloat16, world_of
+from exapt.train.tasks import Custom, Task
+
+Loss = Callable[[nn.Module, Any], Tensor]
+_CALIBRATION_BATCHES = 8
+
+
+@dataclass
+class FitResult:
+    """What :func:`fit` returns.
+
+    Attributes:
+        model: The trained model, in evaluation mode; the one given, unless the task put a head on it.
+        metrics: Of the last evaluation on the validation data, with ``patience`` of the best one; empty without such data.
+        history: The log's entries.
+        seconds: Duration.
+        steps: Optimiser steps done, those before resuming included.
+        peak_bytes: Highest memory: on a GPU as CUDA's allocator counts, else growth of the process's resident memory.
+        folder: Where everything was written.
+        stopped: Why it ended.
+    """
+
+    model: nn.Module
+    metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
+    peak_bytes: int = 0
+    folder: str | None = None
+    stopped: str = ""
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    data: Any,
+    method: Method | Mapping[Any, Method] | None = None,
+    where: Any = None,
+    *,
+    validation: Any = None,
+    name: str = "default",
+    config: FitConfig | None = None,
+    loss: Loss | None = None,
+    statistics: Statistics | None = None,
+) -> FitResult:
+    """Adapts a model to a task, with AdamW, and returns it with what was measured.
+
+    Python's, NumPy's and torch's generators are seeded. A head that the task makes, or that a ``...For...`` model of the
+    transformers library carries, is trained under the same adapter (method ``full``), so that the adapter's file holds it;
+    given ``{where: method}``, only the former.
+
+    Args:
+        model: Any module; a headless transformers encoder gets a head (``task.prepare``).
+        task: What the rows mean and what is asked.
+        data: Anything :func:`exapt.train.load_data` reads, a ``DataLoader`` included; its batches are shared out among the
+            processes, and on resuming those done are read again and passed over.
+        method: What to attach; ``None`` trains the adapters that are attached, and without any the model itself.
+        where: Sites, as for :func:`exapt.attach`.
+        validation: Data to evaluate on.
+        name: Name of the new adapter.
+        config: How to train.
+        loss: ``loss(model, batch)`` instead of the task's: the mean over the batch, a scalar.
+        statistics: For methods that declare ``needs``; by default :func:`exapt.calibrate` collects them from the first 8 batches.
+
+    Returns:
+        The result. With ``config.folder`` the adapter is in ``adapter.safetensors`` there (without adapters, the trained
+        tensors in ``model.safetensors``), beside ``log.jsonl``, ``tensorboard/`` and ``checkpoints/``.
+
+    Raises:
+        InputError: for data, settings or a model that cannot be used; for a loss or gradient that is not finite, before it
+            has changed anything.
+
+    >>> import torch
+    >>> import exapt
+    >>> from exapt.train import Custom, FitConfig
+    >>> rows = [(torch.tensor([x / 8, 1.0]), torch.tensor(x / 4)) for x in range(8)]
+    >>> task = Custom(lambda m, b: ((m(b[0])[:, 0] - b[1]) ** 2).mean())
+    >>> result = fit(torch.nn.Linear(2, 1), task, rows, config=FitConfig(epochs=30, lr=0.1, progress=False))
+    >>> result.steps, result.history[-1]["loss"] < result.history[0]["loss"]
+    (30, True)
+    """
+    config = config or FitConfig()
+    started = time.perf_counter()
+    rows = task.rows(load_data(data))
+    task.check(rows, training=True)
+    held_out = None if validation is None else task.rows(load_data(validation))
+    if held_out is not None:
+        task.check(held_out, training=False)
+    fabric = fabric_of(config)
+    _seed(config.seed)
+    model = _adapted(model, task, rows, method, where, name, statistics, loss, config)
+    _seed(config.seed + world_of()[0])
+    if config.precision == "bf16-true":
+        to_bfloat16(model)
+        loss = _in_bfloat16(loss or task.loss)
+    with Peak(fabric.device).measured() as peak, recomputed(model, config.checkpointing), _quiet():
+        wrapped = fabric.setup_module(model)
+        optimizer = optimiser(model, config)
+        loop = Loop(model, wrapped, optimizer, fabric, task, Source(rows, task, config, world_of()), config, loss or task.loss, held_out)
+        if config.resume:
+            loop.resume()
+        loop.start_log()
+        try:
+            stopped = loop.run()
+        finally:
+            loop.log.close()
+    model.eval()
+    metrics = loop.best if config.patience is not None else loop.last
+    _write(model, config, name, metrics, loop, task)
+    return FitResult(model, metrics, loop.log.history, time.perf_counter() - started, loop.step, peak.bytes, config.folder, stopped)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _quiet() -> Any:
+    """DDP is told that parameters may go unused; it need not say when none did."""
+    context = warnings.catch_warnings()
+    context.__enter__()
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
+    return _Leaving(context)
+
+
+@dataclass
+class _Leaving:
+    context: Any
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *what: Any) -> None:
+        self.context.__exit__(*what)
+
+
+def _in_bfloat16(loss: Loss) -> Loss:
+    """The loss with the batch's floating-point inputs (not its labels) in bfloat16."""
+
+    def run(model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(batch, dict):
+            batch = {k: v.bfloat16() if k != "labels" and isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+        return loss(model, batch).float()
+
+    return run
+
+
+def _adapted(
+    model: nn.Module, task: Task, rows: Any, method: Any, where: Any, name: str, statistics: Statistics | None, loss: Loss | None, config: FitConfig
+) -> nn.Module:
+    """The model for the task with what is to be trained on it."""
+    inner = adapters(model)
+    prepared = task.prepare(model)
+    if prepared is not model and inner:
+        raise InputError("the adapters hang on the encoder itself; call model = task.prepare(model) first, then attach to that")
+    model = prepared
+    if method is None:
+        if isinstance(model, Classifier) and adapters(model) and not any(m is model.head for m, _ in slots_of(model)):
+            raise InputError('the new head belongs to no adapter and would be lost; attach {"linear": LoRA(), "head": FullTuning()}, or give fit the method')
+        return model
+    rules: dict[Any, Method] = dict(method) if isinstance(method, Mapping) else {where: method}
+    if isinstance(method, Mapping) and where is not None:
+        raise InputError("fit was given both {where: method} and where=; put every place into the mapping")
+    heads = set(head_places(model)) if isinstance(model, Classifier) or (not isinstance(method, Mapping) and _judges(task)) else set()
+    if heads:
+        rules[_Places(frozenset(heads - _replaced_whole(model, rules)))] = method_of("full")
+    rules = {place: m for place, m in rules.items() if not isinstance(place, _Places) or place.names}
+    if statistics is None:
+        statistics = _statistics(model, task, rows, rules, loss, config)
+    if list(rules) == [None] or len(rules) == 1:
+        ((place, only),) = rules.items()
+        return attach(model, only, place, name, statistics=statistics, seed=config.seed)
+    full = {m.where if place is None else place: m for place, m in rules.items()}
+    return attach(model, full, None, name, statistics=statistics, seed=config.seed)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """A choice of sites by the names of their modules."""
+
+    names: frozenset[str]
+
+    def __call__(self, site: Any) -> bool:
+        return site.module_name in self.names
+
+
+def _judges(task: Task) -> bool:
+    """Whether the task reads its answer from a head of its own (a language model's belongs to the base)."""
+    return not isinstance(task, Custom) and hasattr(task, "label")
+
+
+def _replaced_whole(model: nn.Module, rules: Mapping[Any, Method]) -> set[str]:
+    """Modules that a rule replaces already."""
+    found = sites(model)
+    taken = set()
+    for place, m in rules.items():
+        if m.key == "full":
+            taken |= {s.module_name for s in choose(found, m.where if place is None else place, lambda s, m=m: usable(m, s))}
+    return taken
+
+
+def _statistics(model: nn.Module, task: Task, rows: Any, rules: Mapping[Any, Method], loss: Loss | None, config: FitConfig) -> Statistics | None:
+    """What the methods need, from the first batches; ``None`` if they need nothing."""
+    found: dict[str, dict[str, Tensor]] = {}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for place, m in rules.items():
+        if m.needs:
+            backward = any(n in ("gradient", "fisher") for n in m.needs)
+            batches: Iterable[Any] = (to_device(p.batch, device) for p in islice(plain_parts(rows, task, config.batch_size), _CALIBRATION_BATCHES))
+            if not backward:
+                batches = (_inputs(b) for b in batches)
+            for site, values in calibrate(model, batches, m, place, loss or task.loss).items():
+                found.setdefault(site, {}).update(values)
+    return found or None
+
+
+def _inputs(batch: Any) -> Any:
+    """A batch as the model is called with it, without what only the loss reads."""
+    if not isinstance(batch, Mapping):
+        return batch[:1] if isinstance(batch, (tuple, list)) else batch
+    if "inputs" in batch:
+        return batch["inputs"]
+    return {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "pixel_values")}
+
+
+def _write(model: nn.Module, config: FitConfig, name: str, metrics: dict[str, float], loop: Loop, task: Task) -> None:
+    """Writes the result into the folder: the adapters that were trained, or the trained tensors."""
+    if config.folder is None:
+        return
+    folder = Path(config.folder)
+    trained = state_of(model).active if adapters(model) else ()
+    noted = {"task": type(task).__name__, "steps": loop.step, "train": {**config.fixed(), "processes": world_of()[1]}}
+    for n in trained:
+        file = folder / ("adapter.safetensors" if len(trained) == 1 else f"adapter-{n}.safetensors")
+        save(model, file, n, metrics=metrics, provenance=noted)
+    if not trained:
+        tensors = copied(tracked(model))
+        if world_of()[0] == 0:
+            write_aside(folder / "model.safetensors", safetensors.torch.save(tensors))
+
+
+def evaluate(model: nn.Module, task: Task, data: Any, batch_size: int = 32, bootstrap: int = 0, seed: int = 0, progress: bool = False) -> dict[str, Any]:
+    """Measures a model on a task.
+
+    Args:
+        model: The model, with its adapters as they are active; its mode is left as it was.
+        task: What is asked.
+        data: Anything :func:`exapt.train.load_data` reads.
+        batch_size: Rows at once; the result does not depend on it beyond rounding.
+        bootstrap: Resamples for a 95 % percentile interval over examples; 0: none.
+        seed: Seed of the resampling.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        Metrics by name; with ``bootstrap`` also ``accuracy_interval`` (or that of the task's own measure), ``(low, high)``.
+
+    Raises:
+        InputError: for a model without the task's head, empty data, or a label that the task does not know, with its row.
+    """
+    outcomes = _observed(model, task, data, batch_size, True, progress)
+    found: dict[str, Any] = dict(task.metrics(outcomes))
+    if bootstrap:
+        found[f"{task.interval}_interval"] = _interval([task.ratio(o) for o in outcomes], bootstrap, seed)
+    return found
+
+
+_interval = bootstrap
+
+
+def predict(model: nn.Module, task: Task, data: Any, batch_size: int = 32) -> list[Any]:
+    """Returns the model's answer for each row, which needs no label: a label, a value, a list of tags; under ``Custom`` its output.
+
+    Args:
+        model: The model, with its adapters as they are active; its mode is left as it was.
+        task: What is asked.
+        data: Anything :func:`exapt.train.load_data` reads.
+        batch_size: Rows at once.
+    """
+    found = _observed(model, task, data, batch_size, False, False)
+    return found if isinstance(task, Custom) else [o.prediction for o in found]
+
+
+def _observed(model: nn.Module, task: Task, data: Any, batch_size: int, labelled: bool, progress: bool) -> list[Any]:
+    if headless(model) and task.prepare(model) is not model:
+        raise InputError("the model has no head for this task; fit it, or load an adapter onto task.prepare(model)")
+    rows = task.rows(load_data(data))
+    if labelled:
+        task.check(rows, training=False)
+    elif hasattr(rows, "__len__") and len(rows) == 0:
+        raise InputError("there are no rows to predict")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if progress and not is_loader(rows):
+        rows = _Watched(rows)
+    return observed(model, task, rows, batch_size, device, labelled)
+
+
+@dataclass
+class _Watched:
+    """Rows that move a progress bar when they are read."""
+
+    rows: Any
+    bar: Any = dataclasses.field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True))
+        self.task = self.bar.add_task("evaluate", total=len(self.rows))
+        self.bar.start()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        self.bar.advance(self.task)
+        if self.bar.finished:
+            self.bar.stop()
+        return self.rows[i]
