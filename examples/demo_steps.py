@@ -204,7 +204,7 @@ def trained(data: dict[str, Rows], plan: Plan, method: Any, where: Any, lr: floa
 
     model, task = base(plan)
     before = digest(model)
-    config = FitConfig(epochs=plan.epochs, batch_size=plan.batch, lr=lr, seed=SEED, progress=True)
+    config = FitConfig(epochs=plan.epochs, batch_size=plan.batch, lr=lr, seed=SEED, accelerator="cpu")
     start = time.perf_counter()
     with PeakMemory() as memory:
         result = exapt.fit(model, task, data["train"], method, where, validation=data["validation"], config=config)

@@ -139,6 +139,9 @@ def test_merge_keeps_outputs_and_unmerge_is_exact(cls: type[Method]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(call(model, x), expected, rtol=1e-4, atol=1e-5)
     exapt.unmerge(model)
+    with torch.no_grad():
+        assert torch.equal(call(model, x), expected)
+    exapt.detach(model)
     assert same(snapshot(model), base)
 
 

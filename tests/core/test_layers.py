@@ -50,6 +50,8 @@ def check(layer: nn.Module, x: torch.Tensor, method: exapt.Method) -> None:
     exapt.merge(layer)
     torch.testing.assert_close(layer(x), y)
     exapt.unmerge(layer)
+    assert torch.equal(layer(x), y)
+    exapt.detach(layer)
     assert all(torch.equal(base[k], v) for k, v in layer.state_dict().items())
     assert torch.equal(layer(x), before)
 

@@ -84,6 +84,7 @@ def test_architecture(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs)[0], output[0].detach(), rtol=1e-3, atol=1e-4)
     exapt.unmerge(model)
+    exapt.detach(model)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in base.items())
 
 

@@ -107,7 +107,7 @@ def test_merge_errors() -> None:
     with pytest.raises(exapt.InputError, match="mine is merged already"):
         exapt.merge(model)
     exapt.unmerge(model)
-    exapt.attach(model, exapt.LoRA(), name="mine")
+    assert exapt.adapters(model) == ("mine",)
     exapt.merge(model, undo=False)
     with pytest.raises(exapt.InputError, match="undo=False"):
         exapt.unmerge(model)

@@ -79,7 +79,7 @@ def fit(
 
 
 @app.command
-def evaluate(config: Path, /, *overrides: Overrides, adapter: Path | None = None, base: bool = False, json: bool = False) -> None:
+def evaluate(config: Path, /, *overrides: Overrides, adapter: Path | None = None, base: bool = False, bootstrap: int = 0, json: bool = False) -> None:
     """Measures an adapter on the configuration's test data (validation data if there is no test).
 
     Args:
@@ -87,6 +87,7 @@ def evaluate(config: Path, /, *overrides: Overrides, adapter: Path | None = None
         overrides: Settings laid over the file.
         adapter: The adapter file; by default the file's output.
         base: Measure the base model alone.
+        bootstrap: Resamples of the examples for a 95 % interval; 0 for none.
         json: Print the result as JSON.
     """
     from exapt.cli.config import read_config
@@ -96,7 +97,7 @@ def evaluate(config: Path, /, *overrides: Overrides, adapter: Path | None = None
     if base and adapter is not None:
         raise InputError("--base and --adapter were both given; the base alone has no adapter, keep one")
     with _talk_to_stderr():
-        result = evaluate_file(read, None if base else adapter or Path(read["output"]))
+        result = evaluate_file(read, None if base else adapter or Path(read["output"]), bootstrap)
     print_metrics(result, json)
 
 

@@ -156,6 +156,8 @@ def _transformers() -> Any:
         import transformers
         import transformers.modeling_utils
 
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
         return transformers
     finally:
         logging.disable(before)

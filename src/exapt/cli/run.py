@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from exapt.cli.config import Config, build
@@ -94,11 +96,10 @@ def fit_and_save(config: Config, resume: bool = False) -> dict[str, Any]:
 
     settings = FitConfig.from_dict({**config["train"], **({"resume": True} if resume else {})})
     output = Path(config["output"])
-    if config.method is None:
-        config["method"]  # raises: a fit needs one
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder; name the adapter file to write under output")
+    for key in ("model", "method"):
+        config[key]  # raises where it is missing
     config.place("train")
+    _refuse_place(output)
     parts = {split: rows for split in ("train", "validation", "test") if (rows := _rows(config, split)) is not None}
     task = _task(config, parts["train"])
     model = load_model(config["model"], config["task"]["kind"])
@@ -119,6 +120,15 @@ def fit_and_save(config: Config, resume: bool = False) -> dict[str, Any]:
     return {"output": str(target), "metrics": metrics, "steps": result.steps, "seconds": result.seconds, "rows": {k: _length(v) for k, v in parts.items()}}
 
 
+def _refuse_place(output: Path) -> None:
+    """Raises before the training, not after it, where the result could not be written."""
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; name the adapter file to write under output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output.parent}: you may not write there; name another place under output")
+
+
 def _path(config: Config, split: str) -> str:
     given = config.data["data"][split]
     return str(given["path"] if isinstance(given, dict) else given)
@@ -137,6 +147,8 @@ def _adapted(config: Config, adapter: Path | None, data: Any) -> tuple[nn.Module
     model = load_model(config["model"], config["task"]["kind"])
     bare = sum(1 for _ in model.parameters())
     model = task.prepare(model).eval()
+    if torch.cuda.is_available() and config.data["train"].get("accelerator", "auto") in ("auto", "cuda"):
+        model.cuda()
     if adapter is not None:
         load(model, adapter)
     elif sum(1 for _ in model.parameters()) > bare:
@@ -144,15 +156,21 @@ def _adapted(config: Config, adapter: Path | None, data: Any) -> tuple[nn.Module
     return model, task
 
 
-def evaluate_file(config: Config, adapter: Path | None) -> dict[str, Any]:
-    """Measures an adapter file, or with ``None`` the base model alone, on the test (else validation) data."""
+def evaluate_file(config: Config, adapter: Path | None, bootstrap: int = 0) -> dict[str, Any]:
+    """Measures an adapter file, or with ``None`` the base model alone, on the test (else validation) data.
+
+    Args:
+        config: The run.
+        adapter: The file.
+        bootstrap: Resamples of the examples for a 95 % interval; 0: none.
+    """
     from exapt.train import FitConfig, evaluate
 
     split = "test" if config["data"].get("test") is not None else "validation"
     config.place(split)
     data = _rows(config, split)
     model, task = _adapted(config, adapter, data)
-    metrics = evaluate(model, task, data, FitConfig.from_dict(config["train"]).batch_size)
+    metrics = evaluate(model, task, data, FitConfig.from_dict(config["train"]).batch_size, bootstrap)
     return {"adapter": None if adapter is None else str(adapter), "data": _path(config, split), "rows": {split: _length(data)}, "metrics": metrics}
 
 
@@ -204,6 +222,8 @@ def _with_head(model: nn.Module, data: AdapterFile, file: Path) -> nn.Module:
 
 def print_metrics(result: dict[str, Any], as_json: bool) -> None:
     """Prints what a fit or an evaluation gave."""
+    if int(os.environ.get("RANK", "0")):
+        return  # under torchrun the first process speaks for all
     if as_json:
         print_json(result)
         return

@@ -21,7 +21,7 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """Prints a table to stdout, as wide as the terminal, or as wide as it needs where stdout is none."""
+    """Prints a table to stdout, as wide as the terminal, or up to 200 columns where stdout is none."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -35,7 +35,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: st
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in data:
         table.add_row(*(Text(_text(v)) for v in row))
-    width = None if sys.stdout.isatty() else max(80, Console(width=10_000).measure(table).maximum)
+    width = None if sys.stdout.isatty() else min(max(80, Console(width=1000).measure(table).maximum), 200)
     Console(file=sys.stdout, width=width).print(table)
 
 
@@ -44,6 +44,8 @@ def _text(value: Any) -> str:
         return "yes" if value else ""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
@@ -121,7 +123,7 @@ def argument_help(cls: type) -> dict[str, str]:
 
 
 def list_methods(key: str | None, contract: str | None, as_json: bool) -> None:
-    """Prints the registry, or one method's parameters."""
+    """Prints the registry, those of one contract, or one method with its parameters."""
     known = methods()
     if key is not None and key not in known:
         raise InputError(f'no method "{key}"{did_you_mean(key, known)} (exapt methods lists all {len(known)})')
@@ -133,7 +135,7 @@ def list_methods(key: str | None, contract: str | None, as_json: bool) -> None:
         print_json([method_entry(c) for c in chosen])
     elif key is not None:
         entry = method_entry(chosen[0])
-        print_table(("", ""), [(k, ", ".join(v) if isinstance(v, (list, tuple)) else v) for k, v in entry.items() if k != "parameters"])
+        print_table(("", ""), [(k, v) for k, v in entry.items() if k != "parameters"])
         print_table(("parameter", "type", "default", "what it is"), [(p["name"], p["type"], repr(p["default"]), p["help"]) for p in entry["parameters"]])
     else:
         rows = [(c.key, c.contract, c.mergeable, ", ".join(f.name for f in dataclasses.fields(c)), c.paper) for c in chosen]  # type: ignore[arg-type]
@@ -194,7 +196,7 @@ def show_file(path: Path, as_json: bool) -> None:
         places = [s or "(model)" for s in one["sites"]]
         facts.append(("method", f"{one['method']}({fields}) at {len(places)} sites: {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}"))
     for part in ("metrics", "provenance"):
-        facts += [(f"{part}.{k}", v if isinstance(v, (str, int, float)) else json.dumps(v, ensure_ascii=False)) for k, v in entry[part].items()]
+        facts += [(f"{part}.{k}", v if isinstance(v, (str, int, float, list)) else json.dumps(v, ensure_ascii=False)) for k, v in entry[part].items()]
     print_table(("", ""), facts)
     rows = [(k, "x".join(map(str, t["shape"])), t["dtype"], size(t["bytes"]), "" if t["trains"] else "frozen") for k, t in entry["tensors"].items()]
     print_table(("tensor", "shape", "type", "size", ""), rows)

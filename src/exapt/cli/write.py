@@ -28,7 +28,11 @@ def aside(target: Path) -> Iterator[Path]:
     try:
         made = holder / target.name
         yield made
+        mask = os.umask(0)
+        os.umask(mask)
         for path in [made, *made.rglob("*")]:
+            if path.is_file():
+                path.chmod(0o666 & ~mask)  # as a plain open() would; what writes through a temporary file leaves it private
             _sync(path)
         os.replace(made, target)
         _sync(target.parent)

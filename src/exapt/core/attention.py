@@ -66,14 +66,14 @@ def _prefixed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Te
 
 
 def _original(module: nn.Module) -> Callable[..., Any]:
-    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # type: ignore[import-not-found,unused-ignore]
 
     name = module.__dict__["config"]._attn_implementation
     if name == "eager":
         return cast(Callable[..., Any], sys.modules[type(module).__module__].eager_attention_forward)  # type: ignore[attr-defined]
     if name != "sdpa":
         raise InputError(f'prefixes need attention "sdpa" or "eager", this model has "{name}"; set attn_implementation when loading it')
-    return cast(Any, AttentionInterface)()[name]
+    return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[name])
 
 
 def extend_keys(prefixes: tuple[Entry, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:

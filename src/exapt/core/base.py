@@ -1,11 +1,12 @@
-"""What a weight method's fast path sees of the frozen layer, and the one autograd function of low-rank updates."""
+"""What a weight method's fast path sees of the frozen layer, and the autograd functions of low-rank updates."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from exapt.core.layers import dense, is_quantised
 
@@ -40,8 +41,43 @@ class LowRank(torch.autograd.Function):
         dh = (flat_dy @ b) * ctx.scale
         dx = (dh @ a).view(x.shape) if ctx.needs_input_grad[1] else None
         da = (dh.T @ flat_x).to(A.dtype) if ctx.needs_input_grad[2] else None
-        db = ((flat_dy.T @ (flat_x @ a.T)) * ctx.scale).to(B.dtype) if ctx.needs_input_grad[3] else None
+        db = _outer(flat_x @ a.T, flat_dy, ctx.scale).to(B.dtype) if ctx.needs_input_grad[3] else None
         return dy, dx, da, db, None
+
+
+class LinearLowRank(torch.autograd.Function):
+    r"""Computes :math:`W x + b + s\, B (A x)` for frozen :math:`W` and :math:`b`, keeping only ``x`` for the backward pass.
+
+    The update is added onto the layer's own fresh output, and in backward onto its own fresh gradient of ``x``: neither is
+    copied, and no second gradient of ``x`` waits to be summed. That is worth a third of what the update costs.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = F.linear(flat, W, bias).addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=scale)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, W, _, A, B, ctx.scale = inputs
+        ctx.save_for_backward(x, W, A, B)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B = ctx.saved_tensors
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dh = flat_dy @ b
+        dx = (flat_dy @ W).addmm_(dh, a, alpha=ctx.scale).view(x.shape) if ctx.needs_input_grad[0] else None
+        da = ((dh.T @ flat_x) * ctx.scale).to(A.dtype) if ctx.needs_input_grad[3] else None
+        db = _outer(flat_x @ a.T, flat_dy, ctx.scale).to(B.dtype) if ctx.needs_input_grad[4] else None
+        return dx, None, None, da, db, None
+
+
+def _outer(h: Tensor, dy: Tensor, scale: float) -> Tensor:
+    """``scale * dy^T h``, (d_out, r), as the transpose of a product with long rows, which is twice as fast."""
+    return ((h.T @ dy) * scale).T
 
 
 class Base:
@@ -85,11 +121,28 @@ class Base:
             scale: Factor.
             low_rank_x: Input of the low-rank part where it differs (dropout).
         """
+        if low_rank_x is None and self._plain_linear(x):
+            W, bias = self.module._parameters["weight"], self.module._parameters["bias"]
+            return LinearLowRank.apply(x, W, bias, A, B, scale)  # type: ignore[no-untyped-call]
         y = self(x)
         inner = x if low_rank_x is None else low_rank_x
         if self.slots.layer.kind in ("linear", "conv1d_hf") and y.is_contiguous():
             return LowRank.apply(y, inner.to(y.dtype), A, B, scale)  # type: ignore[no-untyped-call]
         return y + scale * self.out(B.to(y.dtype), self.apply(A.to(y.dtype), inner))
+
+    def _plain_linear(self, x: Tensor) -> bool:
+        """Whether what lies below is ``nn.Linear``'s own product with frozen, ordinary parameters of the type of ``x``."""
+        slots, W, bias = self.slots, self.module._parameters.get("weight"), self.module._parameters.get("bias")
+        return (
+            slots.base_class.forward is nn.Linear.forward
+            and not (self.entries or slots.chain.overrides)
+            and type(W) is nn.Parameter
+            and W.dtype == x.dtype
+            and not W.requires_grad
+            and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()  # these need LowRank's vmap rule, which nothing in place can have
+        )
 
     @property
     def weight(self) -> Tensor:

@@ -23,7 +23,7 @@ from exapt.core.errors import InputError
 from exapt.core.layers import dense, walk
 from exapt.core.registry import from_dict
 from exapt.core.sites import Site, Sites, sites
-from exapt.core.slots import Entry, Holder, slots_of
+from exapt.core.slots import Entry, Holder, chosen_of, slots_of
 
 FORMAT = 1
 MAX_HEADER = 64 * 1024 * 1024
@@ -98,7 +98,7 @@ def _collect(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, 
     tensors: dict[str, Tensor] = {}
     manifest: dict[str, list[Any]] = {}
     checksums: dict[str, str] = {}
-    for path, holder in _holders(model, name):
+    for path, holder in holders(model, name):
         for k, t in holder.tensors().items():
             value = _whole(t).detach().cpu().contiguous()
             if k in holder._non_persistent_buffers_set:
@@ -113,7 +113,7 @@ def _digest(t: Tensor) -> str:
     return hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def _holders(model: nn.Module, name: str) -> list[tuple[str, Holder]]:
+def holders(model: nn.Module, name: str) -> list[tuple[str, Holder]]:
     """Where the tensors of an adapter are, under the paths that the file uses."""
     found: dict[int, tuple[str, Holder]] = {}
     rules = state_of(model).adapters[name].rules
@@ -362,9 +362,4 @@ class _Stored:
     def site(self, number: int, method: Method, site: Site) -> tuple[Holder, dict[str, str]]:
         """As :meth:`exapt.core.attach.Fresh.site`."""
         holder, tensors = self._holder(f"{number}:{site.name}", site.device, lambda: made_tensors(method, site)[0])
-        how: dict[str, str] = {}
-        if method.contract == "subset":
-            for k, t in tensors.items():
-                if not k.endswith("_index"):
-                    how[k] = "whole" if f"{k}_index" not in tensors else "columns" if t.dim() == 2 else "entries"
-        return holder, how
+        return holder, chosen_of(tensors) if method.contract == "subset" else {}

@@ -8,20 +8,42 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from exapt.core.attach import Adapter, detach, state_of
-from exapt.core.contract import ActivationMethod
+from exapt.core.attach import Adapter, activate, adapters, detach, hang, start, state_of
+from exapt.core.contract import ActivationMethod, Method
 from exapt.core.errors import InputError
 from exapt.core.layers import is_quantised
 from exapt.core.roles import is_leaf
-from exapt.core.slots import Entry, Slots
+from exapt.core.file import holders
+from exapt.core.sites import Site, Sites, sites
+from exapt.core.slots import Entry, Holder, Slots, chosen_of
 
 _RECORD = "_exapt_merged"
 
 
 @dataclass
 class _Merged:
+    """What :func:`unmerge` needs: the base's parameters and the adapters' tensors as they were."""
+
     names: tuple[str, ...]
     originals: dict[str, Tensor] | None
+    adapters: list[tuple[Adapter, dict[str, Holder]]]
+    active: tuple[str, ...]
+
+
+class _Kept:
+    """Takes an adapter's tensors from before the merge."""
+
+    def __init__(self, holders: dict[str, Holder]) -> None:
+        self.holders = holders
+
+    def shared(self, number: int, method: Method, chosen: Sites) -> Holder | None:
+        """As :meth:`exapt.core.attach.Fresh.shared`."""
+        return self.holders.get(f"{number}:*")
+
+    def site(self, number: int, method: Method, site: Site) -> tuple[Holder, dict[str, str]]:
+        """As :meth:`exapt.core.attach.Fresh.site`."""
+        holder = self.holders[f"{number}:{site.name}"]
+        return holder, chosen_of(holder.tensors()) if method.contract == "subset" else {}
 
 
 def merged(model: nn.Module) -> tuple[str, ...]:
@@ -36,7 +58,7 @@ def merge(model: nn.Module, *names: str, undo: bool = True) -> nn.Module:
     Args:
         model: The adapted model.
         names: Adapters, in the order they act; by default the active ones.
-        undo: Keep the original parameters so that :func:`unmerge` can restore them (costs their memory).
+        undo: Keep the original parameters and the adapters so that :func:`unmerge` can restore both (costs their memory).
 
     Returns:
         ``model`` itself.
@@ -67,8 +89,10 @@ def merge(model: nn.Module, *names: str, undo: bool = True) -> nn.Module:
             if undo:
                 originals[path] = parameter.detach().clone()
             parameter.copy_(value)
+    kept = [(state.adapters[n], dict(holders(model, n))) for n in names] if undo else []
+    record = _Merged(tuple(names), originals if undo else None, kept, state.active)
     detach(model, *names)
-    model.__dict__[_RECORD] = _Merged(tuple(names), originals if undo else None)
+    model.__dict__[_RECORD] = record
     return model
 
 
@@ -136,7 +160,7 @@ def _fold(e: Entry, module: nn.Module, values: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
-    """Restores the parameters as they were before :func:`merge`, bit for bit. The adapter is not attached again.
+    """Takes a merge back: the base's parameters are what they were, bit for bit, and the adapters are attached again.
 
     Raises:
         InputError: if nothing was merged, or ``undo=False`` was given.
@@ -146,9 +170,17 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise InputError("nothing was merged into this model, so there is nothing to unmerge")
     if record.originals is None:
         raise InputError("the model was merged with undo=False, which keeps no originals; load the base again")
+    for n in record.names:
+        if n in adapters(model):
+            raise InputError(f'an adapter "{n}" was attached since the merge; detach it, so that the merged one can return')
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, value in record.originals.items():
         parameters[path].copy_(value)
     del model.__dict__[_RECORD]
+    found = {s.name: s for s in sites(model)}
+    for adapter, tensors in record.adapters:
+        state = start(model, adapter.name)
+        hang(model, state, adapter.name, [(m, Sites(found[w] for w in where)) for m, where in adapter.rules], _Kept(tensors))
+        state.adapters[adapter.name] = adapter
+    activate(model, *record.active)
     return model
-

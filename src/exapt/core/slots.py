@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -408,6 +408,15 @@ def selection(method: SubsetMethod, site: Any) -> tuple[dict[str, Tensor], dict[
         if not isinstance(part, Whole):
             tensors[f"{name}_index"] = frozen(part.index)
     return tensors, chosen
+
+
+def chosen_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """How a subset method's tensors were chosen, told from them alone."""
+
+    def how(name: str, value: Tensor) -> str:
+        return "whole" if f"{name}_index" not in tensors else "columns" if value.dim() == 2 else "entries"
+
+    return {k: how(k, t) for k, t in tensors.items() if not k.endswith("_index")}
 
 
 def usable(method: Method, site: Any) -> bool:

@@ -19,9 +19,9 @@ class LAME(OutputMethod):
     r"""Corrects a batch's predictions, nothing else: Laplacian adjusted maximum-likelihood estimation.
 
     With the model's probabilities :math:`q_i` and affinities :math:`w_{ij}` of the features, of unit length, it minimises
-    :math:`\sum_i \mathrm{KL}(z_i \| q_i) - \sum_{ij} w_{ij} z_i^\top z_j` by the concave-convex procedure: from
-    :math:`z = q`, :math:`z_i \propto q_i \exp(\sum_j w_{ij} z_j)` until the energy stands still. It returns
-    :math:`\log z`: log-probabilities in the place of logits. Rows of one batch depend on each other.
+    :math:`\sum_i \mathrm{KL}(z_i \| q_i) - \frac12 \sum_{ij} w_{ij} z_i^\top z_j` (the paper leaves out the half; the steps are
+    its own) by the concave-convex procedure: from :math:`z = q`, :math:`z_i \propto q_i \exp(\sum_j w_{ij} z_j)` until the
+    energy stands still. It returns :math:`\log z`: log-probabilities in the place of logits. Rows of one batch depend on each other.
 
     Args:
         affinity: ``"rbf"`` (the official code's default): :math:`e^{-\|x_i - x_j\|^2 / 2 \sigma^2}`, where :math:`\sigma` is the
@@ -41,7 +41,7 @@ class LAME(OutputMethod):
     key = "lame"
     paper = "Parameter-free Online Test-time Adaptation"
     exceptions: ClassVar = {
-        "identity": "predictions move towards those of similar rows at once; alone, a row's logits become log-probabilities",
+        "identity": "predictions move towards those of similar rows at once; even alone, a row's logits become log-probabilities",
         "gradient": "has no parameters, and runs without gradient",
         "compile": "stops when the energy stands still, which depends on the data",
         "rows": "the rows of a batch correct each other, so a batch differs from its rows one by one",

@@ -4,8 +4,7 @@ from exapt.train.config import FitConfig
 from exapt.train.data import label_set, load_data
 from exapt.train.fit import FitResult, evaluate, fit, predict
 from exapt.train.heads import Classifier
-from exapt.train.language import CausalLM
-from exapt.train.tasks import Custom, ImageClassification, Regression, Task, TextClassification, TokenClassification
+from exapt.train.tasks import CausalLM, Custom, ImageClassification, Regression, Task, TextClassification, TokenClassification
 
 __all__ = [
     "CausalLM", "Classifier", "Custom", "FitConfig", "FitResult", "ImageClassification", "Regression", "Task",

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from exapt.core.contract import seeded
 from exapt.core.errors import InputError
 from exapt.train.config import FitConfig
-from exapt.train.tasks import Task
+from exapt.train.task import Task
 
 
 @dataclass

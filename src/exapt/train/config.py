@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from exapt.core.errors import InputError, did_you_mean
 
-FREE = ("epochs", "steps", "patience", "eval_every", "save_every", "log_every", "folder", "resume", "devices", "strategy", "accelerator", "progress", "workers")  # fmt: skip
+FREE = (
+    "epochs", "steps", "save_every", "log_every", "folder", "resume", "devices", "strategy", "accelerator", "progress", "workers",
+)  # fmt: skip
 """Fields in which a resumed run may differ from the one that wrote the checkpoint (its number of steps is compared by itself)."""
 
 
@@ -85,9 +87,8 @@ class FitConfig:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and (not number or not low <= value <= high or (name in ("lr", "clip") and value == 0)):
-                raise InputError(
-                    f"train.{name} is {value!r}; it must be a number {'from 0 to 1' if high == 1 else 'above 0' if name != 'weight_decay' else 'of at least 0'}"
-                )
+                wanted = "from 0 to 1" if high == 1 else "of at least 0" if name == "weight_decay" else "above 0"
+                raise InputError(f"train.{name} is {value!r}; it must be a number {wanted}")
         if not isinstance(self.seed, int) or not isinstance(self.workers, int) or self.workers < 0:
             raise InputError(f"train.seed and train.workers are whole numbers, not {self.seed!r} and {self.workers!r}")
         if self.folder is None and (self.save_every or self.resume):

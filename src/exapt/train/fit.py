@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,9 +34,10 @@ from exapt.train.data import load_data
 from exapt.train.heads import Classifier, head_places, headless, to_device
 from exapt.train.loop import Loop, observed, optimiser
 from exapt.train.memory import Peak
-from exapt.train.metrics import bootstrap
+from exapt.train.metrics import bootstrap as interval_of
 from exapt.train.strategy import fabric_of, recomputed, to_bfloat16, world_of
-from exapt.train.tasks import Custom, Task
+from exapt.train.task import Task
+from exapt.train.values import Custom
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _CALIBRATION_BATCHES = 8
@@ -151,24 +154,12 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _quiet() -> Any:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """DDP is told that parameters may go unused; it need not say when none did."""
-    context = warnings.catch_warnings()
-    context.__enter__()
-    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
-    return _Leaving(context)
-
-
-@dataclass
-class _Leaving:
-    context: Any
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *what: Any) -> None:
-        self.context.__exit__(*what)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        yield
 
 
 def _in_bfloat16(loss: Loss) -> Loss:
@@ -195,7 +186,7 @@ def _adapted(
         if isinstance(model, Classifier) and adapters(model) and not any(m is model.head for m, _ in slots_of(model)):
             raise InputError('the new head belongs to no adapter and would be lost; attach {"linear": LoRA(), "head": FullTuning()}, or give fit the method')
         return model
-    rules: dict[Any, Method] = dict(method) if isinstance(method, Mapping) else {where: method}
+    rules: dict[Any, Method] = dict(method) if isinstance(method, Mapping) else {tuple(where) if isinstance(where, list) else where: method}
     if isinstance(method, Mapping) and where is not None:
         raise InputError("fit was given both {where: method} and where=; put every place into the mapping")
     heads = set(head_places(model)) if isinstance(model, Classifier) or (not isinstance(method, Mapping) and _judges(task)) else set()
@@ -204,7 +195,7 @@ def _adapted(
     rules = {place: m for place, m in rules.items() if not isinstance(place, _Places) or place.names}
     if statistics is None:
         statistics = _statistics(model, task, rows, rules, loss, config)
-    if list(rules) == [None] or len(rules) == 1:
+    if len(rules) == 1:
         ((place, only),) = rules.items()
         return attach(model, only, place, name, statistics=statistics, seed=config.seed)
     full = {m.where if place is None else place: m for place, m in rules.items()}
@@ -232,7 +223,7 @@ def _replaced_whole(model: nn.Module, rules: Mapping[Any, Method]) -> set[str]:
     taken = set()
     for place, m in rules.items():
         if m.key == "full":
-            taken |= {s.module_name for s in choose(found, m.where if place is None else place, lambda s, m=m: usable(m, s))}
+            taken |= {s.module_name for s in choose(found, m.where if place is None else place, functools.partial(usable, m))}
     return taken
 
 
@@ -297,11 +288,8 @@ def evaluate(model: nn.Module, task: Task, data: Any, batch_size: int = 32, boot
     outcomes = _observed(model, task, data, batch_size, True, progress)
     found: dict[str, Any] = dict(task.metrics(outcomes))
     if bootstrap:
-        found[f"{task.interval}_interval"] = _interval([task.ratio(o) for o in outcomes], bootstrap, seed)
+        found[f"{task.interval}_interval"] = interval_of([task.ratio(o) for o in outcomes], bootstrap, seed)
     return found
-
-
-_interval = bootstrap
 
 
 def predict(model: nn.Module, task: Task, data: Any, batch_size: int = 32) -> list[Any]:

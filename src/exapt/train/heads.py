@@ -58,13 +58,13 @@ class Classifier(nn.Module):
 
 
 @functools.cache
-def _parameters(cls: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)
+def _parameters(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def accepts(model: nn.Module, name: str) -> bool:
     """Whether the model's ``forward`` names an argument so."""
-    return name in _parameters(type(model))
+    return name in _parameters(type(model).forward)
 
 
 def headless(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from exapt.core.errors import InputError
 from exapt.train.data import field
 from exapt.train.encode import tokenizer_of
 from exapt.train.metrics import Outcome, mean_loss
-from exapt.train.tasks import IGNORED, Batch, Rows, Task, cross_entropy
+from exapt.train.task import IGNORED, Batch, Rows, Task, cross_entropy
 
 
 @dataclass(frozen=True, eq=False)

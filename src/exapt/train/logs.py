@@ -23,7 +23,9 @@ class Log:
 
     def __init__(self, folder: Path | None, writes: bool, progress: bool, total: int, step: int = 0) -> None:
         self.history: list[dict[str, Any]] = []
-        self._file = self._board = self._bar = None
+        self._file: Any = None
+        self._board: Any = None
+        self._bar: Any = None
         if folder is not None and step:
             self.history = [e for e in _entries(folder / "log.jsonl") if e["step"] <= step]
         if folder is not None and writes:

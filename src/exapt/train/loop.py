@@ -21,7 +21,7 @@ from exapt.train.heads import to_device
 from exapt.train.logs import Log
 from exapt.train.metrics import Outcome
 from exapt.train.strategy import put, summed, training_mode, whole, world_of
-from exapt.train.tasks import Task
+from exapt.train.task import Task
 
 
 def rate(step: int, total: int, config: FitConfig) -> float:
@@ -167,7 +167,7 @@ class Loop:
             g["lr"] = lr
         loss = self.optimise(group)
         self.step, self.position = self.step + 1, self.position + 1
-        after_step(self.model, self.step, total) if hasattr(self.model, "_modules") and "exapt" in self.model._modules else None
+        after_step(self.model, self.step, total)
         ended = self.position == self.source.per_epoch
         epoch = self.epoch
         if ended:
@@ -216,7 +216,8 @@ class Loop:
         found = checkpoint.files(self.folder) if self.folder else []
         kept = f"; the last good checkpoint is {found[-1]}" if found else ""
         raise InputError(
-            f"step {self.step + 1}: the {what} is {value} (epoch {self.epoch}, {bad}); nothing was changed by this step{kept}. Lower train.lr, or look at these rows"
+            f"step {self.step + 1}: the {what} is {value} (epoch {self.epoch}, {bad}); "
+            f"nothing was changed by this step{kept}. Lower train.lr, or look at these rows"
         )
 
     def evaluate(self, epoch: int) -> None:

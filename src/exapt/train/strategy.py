@@ -44,7 +44,7 @@ def fabric_of(config: FitConfig) -> Any:
         from lightning_fabric.strategies import DDPStrategy
 
         strategy = DDPStrategy(find_unused_parameters=True)  # a method may leave a parameter out of a batch (experts, unused poolers)
-    precision = "bf16-mixed" if config.precision == "bf16-mixed" else "32-true"
+    precision: Any = "bf16-mixed" if config.precision == "bf16-mixed" else "32-true"
     try:
         fabric = lightning_fabric.Fabric(
             accelerator=config.accelerator, strategy=strategy, devices=local, num_nodes=max(world // local, 1), precision=precision
