@@ -91,8 +91,7 @@ def proven(lora: dict[str, Any], reload: dict[str, Any]) -> tuple[list[str], boo
         bits = "bit-equal logits" if a["bit_equal"] else f"largest difference of a logit {a['largest']:.1e} (largest logit {a['scale']:.1f})"
         return f"{a['same']} of {a['rows']} predictions equal, {bits}"
 
-    bases = {"training and detach": lora["base_identical"], "merge and unmerge": reload["unmerge_identical"],
-             "load and detach": reload["detach_identical"]}  # fmt: skip
+    bases = {"training and detach": lora["base_identical"], "load, merge, unmerge and detach": reload["base_identical"]}
     loaded, merged = reload["loaded"], reload["merged"]
     lines = [
         f"Loaded from one file of {lora['bytes'] / 1e6:.2f} MB in a new process ({reload['load_seconds']:.2f} s): {words(loaded)}.",

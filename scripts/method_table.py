@@ -43,8 +43,8 @@ def table(rows: list[list[str]]) -> str:
 
 
 def merges(cls: type[Method]) -> str:
-    """Whether the shift can be written into the base's own parameters."""
-    return "yes" if cls.mergeable else "no"
+    """Whether the shift, as configured by default, can be written into the base's own parameters."""
+    return "yes" if cls().mergeable else "no"
 
 
 def short() -> str:
@@ -61,7 +61,8 @@ def fields(cls: type[Method]) -> str:
 
 def places(cls: type[Method]) -> str:
     """Where it goes if the user names no sites."""
-    return ", ".join(f"`{w}`" for w in ((cls.where,) if isinstance(cls.where, str) else cls.where))
+    where = cls().where
+    return ", ".join(f"`{w}`" for w in ((where,) if isinstance(where, str) else where))
 
 
 def long() -> str:
@@ -72,7 +73,7 @@ def long() -> str:
         members = [cls for cls in found if cls.contract == contract.contract]
         if members:
             rows = [["method", "key", "fields and defaults", "sites by default", "needs calibration", "merges", "paper"]]
-            rows += [[f"`{c.__name__}`", f"`{c.key}`", fields(c), places(c), ", ".join(c.needs) or "no", merges(c), c.paper] for c in members]
+            rows += [[f"`{c.__name__}`", f"`{c.key}`", fields(c), places(c), ", ".join(c().needs) or "no", merges(c), c.paper] for c in members]
             parts += [f"## `{contract.__name__}`: {ACTS_ON[contract.contract]}", table(rows)]
     return "\n\n".join(parts) + "\n"
 

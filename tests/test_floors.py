@@ -156,9 +156,8 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     wrong = [w for f in FILES for w in unpickles(f)]
     assert not wrong, "\n".join(wrong)
     bad = tmp_path / "bad.py"
-    bad.write_text(
-        "import pickle\nimport torch\ntorch.load('x')\ntorch.load('x', weights_only=False)\ntorch.load('x', weights_only=True)\nyaml.load(f, Loader=yaml.Loader)"
-    )
+    calls = ("torch.load('x')", "torch.load('x', weights_only=False)", "torch.load('x', weights_only=True)", "yaml.load(f, Loader=yaml.Loader)")
+    bad.write_text("\n".join(("import pickle", *calls)))
     assert len(unpickles(bad)) == 4
 
 

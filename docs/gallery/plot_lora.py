@@ -43,12 +43,14 @@ print(f"LoRA on the target: {fit(model, exapt.trainable(model).values(), target,
 adapted = model(x).detach()
 
 # %%
-# Merging writes the update into the weights and takes the adapter off; outputs stay to rounding. Unmerging gives back the base, bit for bit.
+# Merging writes the update into the weights and takes the adapter off; outputs stay to rounding. Unmerging
+# gives back the base's weights, bit for bit, with the adapter beside them.
 exapt.merge(model)
 merged = model(x).detach()
 print(f"largest change of an output by merging: {(merged - adapted).abs().max():.1e}")
 exapt.unmerge(model)
-assert torch.equal(model(x), base)
+assert torch.equal(model(x), adapted)
+assert torch.equal(exapt.detach(model)(x), base)
 
 fig, ax = plt.subplots(figsize=(6, 3))
 ax.plot(x, target, color="0.75", linewidth=5, label="target")

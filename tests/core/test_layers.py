@@ -10,7 +10,7 @@ from torch import nn
 
 import exapt
 from exapt.core.layers import feature_layout, layers_of
-from exapt.core.slots import slots_of
+from exapt.core.slots import refresh, slots_of
 
 
 @st.composite
@@ -102,6 +102,27 @@ def test_linear_embedding_and_keyword_call() -> None:
     layer, x = nn.Linear(5, 3), torch.randn(2, 5)
     exapt.attach(layer, exapt.LoRA(rank=2), "all")
     assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("key", ["lora", "dora", "vera"])
+def test_padding_takes_no_gradient(key: str) -> None:
+    """As in the embedding's own definition: the padding row is looked up, but teaches nothing."""
+    grads = []
+    for by_definition in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Embedding(5, 4, padding_idx=0).double()
+        exapt.attach(layer, exapt.method(key), "all", seed=0)
+        for module, slots in slots_of(layer):
+            slots.entries[0].definition = by_definition
+            slots.chains.clear()
+            refresh(module, slots)
+        with torch.no_grad():
+            for i, p in enumerate(exapt.trainable(layer).values()):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        layer(torch.tensor([0, 0, 1])).square().sum().backward()
+        grads.append([p.grad for p in exapt.trainable(layer).values()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_transformers_conv1d() -> None:

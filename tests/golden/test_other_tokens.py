@@ -42,18 +42,30 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+def tiny_t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=40, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
 def test_prompt_tuning_equals_peft(kind: str) -> None:
     from peft import PromptTuningConfig
 
-    theirs = peft_model(model_of(kind), PromptTuningConfig(task_type="CAUSAL_LM" if kind == "llama" else "SEQ_CLS", num_virtual_tokens=N))
+    base = tiny_t5() if kind == "t5" else model_of(kind)
+    theirs = peft_model(copy.deepcopy(base), PromptTuningConfig(task_type=TASKS[kind], num_virtual_tokens=N, num_transformer_submodules=1))
     prompt = theirs.prompt_encoder["default"].embedding.weight
     prompt.data.copy_(draw(*prompt.shape))
-    ours = exapt.attach(model_of(kind), PromptTuning(length=N))
+    ours = exapt.attach(base, PromptTuning(length=N))
     (own,) = exapt.trainable(ours).values()
     own.data.copy_(prompt.data)
     ids, mask = padded()
-    labels = ids if kind == "llama" else torch.arange(3)
+    labels = torch.arange(3) if kind == "bert" else ids
     a, b = ours(input_ids=ids, attention_mask=mask, labels=labels), theirs(input_ids=ids, attention_mask=mask, labels=labels)
     assert_same(a.logits, b.logits[:, N:] if kind == "llama" else b.logits)
     assert_same(a.loss, b.loss)
@@ -61,6 +73,34 @@ def test_prompt_tuning_equals_peft(kind: str) -> None:
     b.loss.backward()
     assert own.grad.abs().max() > 1e-4
     assert_same(own.grad, prompt.grad)
+
+
+def test_prompts_leave_positions_and_labels_as_they_were_given() -> None:
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size=40)
+    model = exapt.attach(BertForQuestionAnswering(config).eval(), PromptTuning(length=N), seed=0)
+    ids, mask = padded()
+    places = torch.tensor([0, 1, 5])
+    out = model(input_ids=ids, attention_mask=mask, start_positions=places, end_positions=places)
+    assert out.start_logits.shape == ids.shape
+    prompt = next(iter(exapt.trainable(model).values()))
+    longer = torch.cat([prompt.expand(3, -1, -1), model.get_input_embeddings()(ids)], 1)
+    with exapt.disabled(model):
+        whole = model(inputs_embeds=longer, attention_mask=F.pad(mask, (N, 0), value=1), start_positions=places + N, end_positions=places + N)
+    assert_same(out.start_logits, whole.start_logits[:, N:])
+    assert_same(out.loss, whole.loss)
+
+
+def test_labels_of_several_classes_are_not_tokens() -> None:
+    model = tiny_bert(labels=6)
+    model.config.problem_type = "multi_label_classification"
+    exapt.attach(model, PromptTuning(length=N), seed=0)
+    ids, mask = padded()  # six tokens, six classes
+    labels = torch.ones(3, 6)
+    out = model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert_same(out.loss, F.binary_cross_entropy_with_logits(out.logits, labels))
 
 
 def split(prefix: Tensor, layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
@@ -79,7 +119,7 @@ def prefixes(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
 def test_prefix_tuning_equals_peft(kind: str, attention: str) -> None:
     from peft import PrefixTuningConfig
 
-    theirs = peft_model(model_of(kind), PrefixTuningConfig(task_type="CAUSAL_LM" if kind == "llama" else "SEQ_CLS", num_virtual_tokens=N))
+    theirs = peft_model(model_of(kind), PrefixTuningConfig(task_type=TASKS[kind], num_virtual_tokens=N))
     theirs.base_model.set_attn_implementation(attention)
     base = model_of(kind)
     base.set_attn_implementation(attention)
@@ -229,5 +269,8 @@ def test_prompts_start_from_the_vocabulary_or_at_random() -> None:
 
 
 def test_prompts_refuse_what_has_no_tokens() -> None:
-    with pytest.raises(exapt.InputError, match="needs a transformers model"):
+    with pytest.raises(exapt.InputError, match="a transformers model of text"):
         exapt.attach(nn.Sequential(nn.Linear(2, 2)), PromptTuning())
+    model = exapt.attach(tiny_t5(), PromptTuning(length=N))
+    with pytest.raises(exapt.InputError, match="without the prompt"):
+        model.generate(inputs_of("bert"), max_new_tokens=2)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from tiny import VOCABULARY, WIDTH, Block
 from torch import Tensor, nn
@@ -24,6 +24,12 @@ class Words:
     """Words are cut into pieces of four letters; 1 opens a text, 2 ends it, 0 pads."""
 
     pad_token_id, eos_token_id = 0, 2
+    known = tuple(
+        "a film inde ed fine grea t love ly poor dull awfu l so Anna Bert ram Chri stin went to old Pari s Reyk javi k the cat sat on mat and".split()
+    )
+
+    def _id(self, piece: str) -> int:
+        return 3 + (self.known.index(piece) if piece in self.known else len(self.known)) % (VOCABULARY - 3)
 
     def __call__(self, texts: Any, truncation: bool = False, max_length: int = 512, is_split_into_words: bool = False, add_special_tokens: bool = True) -> Any:
         single = isinstance(texts, str)
@@ -31,7 +37,7 @@ class Words:
         for text in [texts] if single else texts:
             words = text if is_split_into_words else text.split()
             pieces: list[tuple[int | None, int]] = [
-                (n, zlib.crc32(word[i : i + 4].encode()) % (VOCABULARY - 3) + 3) for n, word in enumerate(words) for i in range(0, len(word), 4)
+                (n, self._id(word[i : i + 4])) for n, word in enumerate(words) for i in range(0, len(word), 4)
             ]
             if add_special_tokens:
                 pieces = [(None, 1), *pieces[: max_length - 2], (None, 2)]

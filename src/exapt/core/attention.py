@@ -223,10 +223,16 @@ def run_prompted(slots: Slots, module: nn.Module, chain: Chain, args: tuple[Any,
     given.pop("cache_position", None)
     if given.get("token_type_ids") is not None:
         given["token_type_ids"] = F.pad(given["token_type_ids"], (added, 0))
-    labels = given.get("labels")
-    if labels is not None and labels.dim() == 2 and labels.shape[1] == length and not cached:
+    for name in ("start_positions", "end_positions"):
+        if given.get(name) is not None:
+            given[name] = given[name] + added
+    labels, pair = given.get("labels"), bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+    if labels is not None and labels.dim() == 2 and labels.shape[1] == length and not (cached or pair or labels.is_floating_point()):
         given["labels"] = F.pad(labels, (added, 0), value=-100)
-    return _shorten(slots.base_class.forward(module, **given), longer.shape[1], added if not cached else 0)
+    y = slots.base_class.forward(module, **given)
+    if pair and isinstance(y, dict):  # the prompt is in the encoder's sequence only
+        return type(y)(**{k: _shorten(v, longer.shape[1], added) if k.startswith("encoder") else v for k, v in y.items()})
+    return y if pair else _shorten(y, longer.shape[1], added if not cached else 0)
 
 
 def _cached_length(cache: Any) -> int:
@@ -238,7 +244,8 @@ def _shorten(y: Any, length: int, added: int) -> Any:
     if isinstance(y, Tensor):
         return y[:, added:] if added and y.dim() == 3 and y.shape[1] == length else y
     if isinstance(y, dict):
-        return type(y)(**{k: _shorten(v, length, added) for k, v in y.items()})
+        short = {k: _shorten(v, length, added) for k, v in y.items()}
+        return type(y)(**{**short, **{k: short[k][:, added:] for k in ("start_logits", "end_logits") if k in short}})
     if type(y) in (tuple, list):
         return type(y)(_shorten(v, length, added) for v in y)
     return y

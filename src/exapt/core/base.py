@@ -155,6 +155,11 @@ class Base:
         return self.slots.bias(self.module, self.entries)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the matrix."""
+        return self.slots.layer.shape
+
+    @property
     def kind(self) -> str:
         """Kind of layer: linear, conv1d_hf, embedding, conv, conv_transposed."""
         return self.slots.layer.kind

@@ -280,8 +280,7 @@ def load(
         own = fingerprint(model, _replaced(model, name))
         if own != data.fingerprint and not force:
             raise InputError(
-                f"{path}: made for base {data.fingerprint} ({data.base}), this base is {own} ({type(model).__name__}); "
-                "pass force=True to load it all the same"
+                f"{path}: made for base {data.fingerprint} ({data.base}), this base is {own} ({type(model).__name__}); pass force=True to load it all the same"
             )
     except BaseException:
         remove(model, name, state)
@@ -310,7 +309,9 @@ def _planned(model: nn.Module, data: AdapterFile, path: Any) -> list[tuple[Metho
             site = known.get(place)
             if site is None or _site_shape(site) != shape:
                 here = "has no such site" if site is None else f"has {_site_shape(site)} there"
-                raise InputError(f"{path}: made for {place or '(model)'} of shape {shape} on a {data.base} (base {data.fingerprint}); this {type(model).__name__} {here}")
+                raise InputError(
+                    f"{path}: made for {place or '(model)'} of shape {shape} on a {data.base} (base {data.fingerprint}); this {type(model).__name__} {here}"
+                )
             chosen.append(site)
         plan.append((from_dict(rule["method"]), chosen))
     return plan

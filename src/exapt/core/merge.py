@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from exapt.core.attach import Adapter, activate, adapters, detach, hang, start, state_of
 from exapt.core.contract import ActivationMethod, Method
 from exapt.core.errors import InputError
+from exapt.core.file import holders
 from exapt.core.layers import is_quantised
 from exapt.core.roles import is_leaf
-from exapt.core.file import holders
 from exapt.core.sites import Site, Sites, sites
 from exapt.core.slots import Entry, Holder, Slots, chosen_of
 

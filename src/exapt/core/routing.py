@@ -122,5 +122,3 @@ def _joined(parts: list[Any], back: Tensor, sizes: list[int]) -> Any:
     if all(p is None or p is first for p in parts):
         return first
     raise InputError(f"routed() cannot join outputs of type {type(first).__name__}; for transformers models pass use_cache=False")
-
-

@@ -224,6 +224,8 @@ class Slots(nn.Module):
             return prefixed_multihead(module, chain.prefixes, args, kwargs)
         if chain.fast:
             y = Base(module, self, chain.fast, (args[1:], kwargs))(args[0]) if args else _by_keyword(self, module, chain, kwargs)
+            if getattr(module, "padding_idx", None) is not None:
+                y = torch.where((first_tensor(args, kwargs) == module.padding_idx)[..., None], y.detach(), y)  # padding takes no gradient
         else:
             y = self.frozen_forward(module, *args, **kwargs)
         for e in chain.tokens:

@@ -28,7 +28,8 @@ class LadderSideTuning(SideMethod):
     paper's backbone, at a width smaller by ``reduction`` (RMS norm before, no biases, ReLU, scores scaled by
     :math:`1/\sqrt{d_{head}}`); they see the backbone's attention mask, and know positions from its hidden states. The
     official code has two more options, not offered here: to start :math:`T_i` from pruned backbone weights (its own default;
-    here they start at random) and to leave some blocks out, for which ``where`` may name fewer blocks.
+    here they start at random) and to leave
+    some blocks out, for which ``where`` may name fewer blocks, the last one among them.
 
     Args:
         reduction: By how much the side network is narrower than the backbone.
@@ -60,6 +61,9 @@ class LadderSideTuning(SideMethod):
             raise InputError(f"{site.name}: lst needs blocks with features last, {d} of them divisible by reduction x heads = {self.reduction * self.heads}")
 
     def shared(self, sites: Sequence[Site]) -> Tensors:
+        if len({s.module_name.rpartition(".")[0] for s in sites}) > 1:
+            pair = f"{sites[0].name}, {sites[-1].name}"
+            raise InputError(f"lst runs beside one stack of blocks, not two ({pair}); where=lambda s: s.role == 'block' and ... chooses one")
         if len({s.features for s in sites}) > 1:
             raise InputError(f"lst needs blocks of one width; these have {sorted({s.features for s in sites})}")
         n, d, device = len(sites), sites[0].features, sites[0].device

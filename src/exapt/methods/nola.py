@@ -76,7 +76,7 @@ class NOLA(WeightMethod):
         return (w + self.alpha / self.rank * b @ a).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        return base.low_rank(x, *self._factors(p, base.slots.layer.shape[0]), self.alpha / self.rank)
+        return base.low_rank(x, *self._factors(p, base.shape[0]), self.alpha / self.rank)
 
     def _factors(self, p: Tensors, d_out: int) -> tuple[Tensor, Tensor]:
         """``A`` (rank, d_in) and ``B`` (d_out, rank)."""

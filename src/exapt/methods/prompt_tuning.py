@@ -39,8 +39,9 @@ class PromptTuning(TokenMethod):
     init_from: Literal["vocab", "random"] = "vocab"
 
     def check(self, site: Site) -> None:
-        if not callable(getattr(site.module, "get_input_embeddings", None)):
-            raise InputError(f"{type(site.module).__name__} has no get_input_embeddings(); prompt tuning needs a transformers model")
+        find = getattr(site.module, "get_input_embeddings", None)
+        if not callable(find) or not hasattr(find(), "num_embeddings"):
+            raise InputError(f"{type(site.module).__name__} has no token embedding that get_input_embeddings() returns; use a transformers model of text")
 
     def init(self, site: Site) -> Tensors:
         embedding = cast(Any, site.module).get_input_embeddings()

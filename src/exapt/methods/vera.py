@@ -57,11 +57,14 @@ class VeRA(WeightMethod):
         return {"lambda_d": torch.full((self.rank,), self.d_initial), "lambda_b": torch.zeros(d_out)}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + self._left(p) @ p["A"][:, : w.shape[1]]).to(w.dtype)
+        d_out, d_in = w.shape
+        left = p["lambda_b"][:, None] * p["B"][:d_out] * p["lambda_d"]
+        return (w + left @ p["A"][:, :d_in]).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        return base.low_rank(x, p["A"][:, : base.slots.layer.shape[1]], self._left(p))
-
-    def _left(self, p: Tensors) -> Tensor:
-        """Both vectors on the left factor, so that no gradient of ``A`` is ever formed."""
-        return p["lambda_b"][:, None] * p["B"][: p["lambda_b"].shape[0]] * p["lambda_d"]
+        # base.low_rank would form gradients of the large frozen matrices; only the vectors need any
+        y = base(x)
+        d_out, d_in = base.shape
+        p = {k: t.to(y.dtype) for k, t in {**p, "A": p["A"][:, :d_in], "B": p["B"][:d_out]}.items()}
+        h = base.scale(p["lambda_d"], base.apply(p["A"], x))
+        return y + base.scale(p["lambda_b"], base.out(p["B"], h))

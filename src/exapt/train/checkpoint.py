@@ -112,6 +112,8 @@ def files(folder: Path) -> list[Path]:
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """The newest checkpoint that can be read: what its header says, and its tensors; ``None`` where there is none."""
     found = files(folder)
+    for leftover in folder.glob(".step-*"):  # a process killed while writing leaves its file aside
+        leftover.unlink(missing_ok=True)
     for path in reversed(found):
         try:
             with safetensors.safe_open(path, framework="pt") as f:

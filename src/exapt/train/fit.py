@@ -190,9 +190,9 @@ def _adapted(
     if isinstance(method, Mapping) and where is not None:
         raise InputError("fit was given both {where: method} and where=; put every place into the mapping")
     heads = set(head_places(model)) if isinstance(model, Classifier) or (not isinstance(method, Mapping) and _judges(task)) else set()
-    if heads:
-        rules[_Places(frozenset(heads - _replaced_whole(model, rules)))] = method_of("full")
-    rules = {place: m for place, m in rules.items() if not isinstance(place, _Places) or place.names}
+    left = frozenset(heads - _replaced_whole(model, rules))
+    if left:  # first, so that no other rule of the same contract takes a part of the head
+        rules = {_Places(left): method_of("full"), **rules}
     if statistics is None:
         statistics = _statistics(model, task, rows, rules, loss, config)
     if len(rules) == 1:
