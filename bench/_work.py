@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -65,10 +66,8 @@ def load(side: str, model: Any, folder: Path, name: str) -> Any:
 
 def life(side: str, kind: str, repeats: int) -> dict[str, Any]:
     """What depends on the state of the process: the first attach, peak memory, files, many adapters."""
-    import exapt
-    import peft
-
-    assert exapt and peft  # both are imported on both sides: neither pays the other's import
+    for package in ("exapt", "peft"):  # both on both sides: neither pays the other's import
+        importlib.import_module(package)
     out: dict[str, Any] = {"side": side}
     model = build(kind).train()
     held: list[Any] = []
@@ -83,7 +82,7 @@ def life(side: str, kind: str, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         out["save"] = [timed(lambda: save(side, held[0], folder)) for _ in range(repeats)]
-        with unittest.mock.patch("os.fsync", lambda handle: None):
+        with unittest.mock.patch("os.fsync", return_value=None):
             out["save_unsynced"] = [timed(lambda: save(side, held[0], folder)) for _ in range(repeats)]
         out["file"] = sum(os.path.getsize(f) for f in folder.iterdir())
         fresh: Any = build(kind)

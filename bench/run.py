@@ -50,7 +50,7 @@ def run(kind: str, rounds: int, repeats: int) -> dict[str, Any]:
         "lives": [],
     }
     for i in range(rounds):
-        for side in ("exapt", "peft", "full", "frozen"):
+        for side in ("exapt", "peft") if i else ("exapt", "peft", "full", "frozen"):
             print(f"{kind}: round {i + 1} of {rounds}, {side}", file=sys.stderr)
             result["lives"].append(measure(case="life", side=side, kind=kind, repeats=repeats))
     print(f"{kind}: interleaved", file=sys.stderr)

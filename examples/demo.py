@@ -117,7 +117,7 @@ def drawings(results: Results, test: Rows, shown: dict[str, Interval], shifts: d
         "Accuracy on the test articles against the number of trainable parameters.":
             plots.accuracy_against_parameters({name: (results[way]["trainable"], shown[way]) for way, name in WAYS.items()}),
         "Loss while training, on the training and on the validation articles.":
-            plots.curves(series, "optimiser step", "cross-entropy", "Training"),
+            plots.curves(series, "optimiser step", "cross-entropy", "Training", first=1),
         "From articles to the shifted stream; bars show 95 % bootstrap intervals.":
             plots.grouped_bars(stages, {WAYS[w]: [s.source, s.changed, s.target] for w, s in shifts.items()}, "Under shift"),
         "What LoRA takes for what, on the test articles.":
@@ -135,7 +135,7 @@ def setting(plan: Plan, data: dict[str, Rows], files: int, kept: int, results: R
         f"Model: all-MiniLM-L6-v2. Text: {files:,} BBC articles in 5 classes; {files - kept} that repeat a headline were left out.",
         f"Split: {len(data['train'])} training, {len(data['validation'])} validation, {len(data['test'])} test articles, first {plan.length} tokens.",
         f"LoRA and full fine-tuning: {plan.epochs} epochs, batches of {plan.batch}, learning rates {plan.lora_lr:g} and {plan.full_lr:g}, "
-        f"fixed before the test articles were looked at; LoRA of rank {plan.rank} on queries and values, with the head.",
+        f"chosen on the validation articles beforehand; LoRA of rank {plan.rank} on queries and values, with the head.",
         f"Linear head: logistic regression on features computed once, {results['head']['chosen']}, chosen on the validation articles.",
         f"Stream: the headlines of {sum(members)} test articles, drawn for the mix {mix} (test articles: {before}).",
     ]

@@ -7,9 +7,7 @@ from typing import Any
 
 from exapt import methods as _methods
 from exapt.core import __version__
-from exapt.core.attach import (
-    Count, activate, adapters, after_step, attach, detach, disabled, parameter_count, penalty, trainable, using,
-)  # fmt: skip
+from exapt.core.attach import attach, detach
 from exapt.core.calibrate import calibrate
 from exapt.core.contract import (
     ActivationMethod, Columns, Entries, Method, OutputMethod, SideMethod, SubsetMethod, Taps, TokenMethod, WeightMethod,
@@ -21,6 +19,9 @@ from exapt.core.merge import merge, merged, unmerge
 from exapt.core.registry import method, methods, register
 from exapt.core.routing import routed
 from exapt.core.sites import Site, sites
+from exapt.core.state import (
+    Count, activate, adapters, after_step, disabled, parameter_count, penalty, trainable, using,
+)  # fmt: skip
 
 _LAZY = {"fit": "exapt.train", "evaluate": "exapt.train", "predict": "exapt.train"}
 

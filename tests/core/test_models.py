@@ -27,12 +27,16 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     if name == "llama":
         return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=50, tie_word_embeddings=True, **SMALL, **text)), {"input_ids": ids, "use_cache": False}
     if name == "t5":
-        model = t.T5ForConditionalGeneration(t.T5Config(num_layers=2, d_model=32, d_kv=16, num_heads=2, d_ff=48, vocab_size=50, **{k: v for k, v in text.items() if k != "bos_token_id"}))
+        model = t.T5ForConditionalGeneration(
+            t.T5Config(num_layers=2, d_model=32, d_kv=16, num_heads=2, d_ff=48, vocab_size=50, **{k: v for k, v in text.items() if k != "bos_token_id"})
+        )
         return model, {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
     if name == "vit":
         return t.ViTForImageClassification(t.ViTConfig(image_size=32, patch_size=8, **SMALL)), {"pixel_values": pixels}
     if name == "resnet":
-        return t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")), {"pixel_values": pixels}
+        return t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")), {
+            "pixel_values": pixels
+        }
     if name == "mobilenet":
         return t.MobileNetV2ForImageClassification(t.MobileNetV2Config(image_size=32, depth_multiplier=0.25)), {"pixel_values": pixels}
     if name == "mixtral":

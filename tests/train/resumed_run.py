@@ -1,5 +1,6 @@
 """A short training run as a process of its own, to be killed: ``python resumed_run.py FOLDER RESUME``."""
 
+# ruff: noqa: E402  the script finds its neighbours first
 from __future__ import annotations
 
 import random

@@ -16,8 +16,21 @@ from torch import nn
 from words import TAGS, Encoder, Words, reviews, sentences
 
 import exapt
-from exapt.train import CausalLM, Classifier, Custom, FitConfig, ImageClassification, Regression, TextClassification, TokenClassification
-from exapt.train import evaluate, fit, label_set, load_data, predict
+from exapt.train import (
+    CausalLM,
+    Classifier,
+    Custom,
+    FitConfig,
+    ImageClassification,
+    Regression,
+    TextClassification,
+    TokenClassification,
+    evaluate,
+    fit,
+    label_set,
+    load_data,
+    predict,
+)
 from exapt.train.data import Table
 from exapt.train.encode import pixels
 
@@ -110,6 +123,7 @@ def _read(name: str, content: bytes, kind: str | None = None) -> Callable[[Path]
 
 NER = TokenClassification(TAGS, Words())
 ODD = [{"image": np.zeros((4, 4, 3), np.uint8), "label": "a"}, {"image": np.zeros((5, 4, 3), np.uint8), "label": "b"}]
+SUM = Custom(lambda m, b: m(b).sum())
 IMAGES = ImageClassification(("a", "b"))
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no file": (lambda f: load_data(f / "train.jsonl"), r"train\.jsonl: no such file"),
@@ -138,8 +152,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "short text": (_fit([{"text": "a b"}], CausalLM(Words(), block=64)), "2 tokens in all, less than one block of 64"),
     "not a number": (_fit([{"features": [1.0], "label": "much"}], Regression(), nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))), "row 0: label is 'much'"),
     "two labels alike": (_fit(reviews(4), TextClassification(("a", "a"), Words())), "all different"),
-    "no blocks": (lambda f: fit(nn.Linear(2, 2), Custom(lambda m, b: m(b).sum()), torch.ones(2, 2), config=FitConfig(checkpointing=True)), "no blocks were found"),
-    "nothing trains": (lambda f: fit(nn.Linear(2, 2).requires_grad_(False), Custom(lambda m, b: m(b).sum()), torch.ones(2, 2)), "nothing asks for gradients"),
+    "no blocks": (lambda f: fit(nn.Linear(2, 2), SUM, torch.ones(2, 2), config=FitConfig(checkpointing=True)), "no blocks were found"),
+    "nothing trains": (lambda f: fit(nn.Linear(2, 2).requires_grad_(False), SUM, torch.ones(2, 2)), "nothing asks for gradients"),
     "wrong logits": (lambda f: evaluate(Classifier(Encoder(), 3), TASK, reviews(2)), "gives 3 logits, the task has 2 labels"),
     "no head": (lambda f: evaluate(Encoder(), TASK, reviews(2)), "no head for this task"),
     "label at evaluation": (lambda f: evaluate(Classifier(Encoder(), 2), TASK, [*reviews(2), {"text": "a", "label": "7"}]), r'row 2: the label "7"'),
@@ -148,7 +162,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "devices": (_fit(reviews(4), devices=2), "torchrun --nproc_per_node=2"),
     "fsdp alone": (_fit(reviews(4), strategy="fsdp2"), "torchrun"),
     "accelerator": (_fit(reviews(4), accelerator="gpuu"), "cannot be used here"),
-    "main metric": (lambda f: evaluate(nn.Linear(1, 1), Custom(lambda m, b: m(b).sum(), lambda m, b: {"score": 1.0}, "scores"), torch.ones(2, 1)), "did you mean"),
+    "main metric": (lambda f: evaluate(nn.Linear(1, 1), Custom(SUM.loss_fn, lambda m, b: {"score": 1.0}, "scores"), torch.ones(2, 1)), "did you mean"),
     "unknown key": (lambda f: FitConfig.from_dict({"batchsize": 3}), 'did you mean "batch_size"'),
     "wrong word": (lambda f: FitConfig(schedule="cosin"), "must be one of cosine, linear, constant"),  # type: ignore[arg-type]
     "wrong number": (lambda f: FitConfig(lr=-1.0), "train.lr is -1.0; it must be a number above 0"),

@@ -16,7 +16,19 @@ from words import Encoder, Language, Words, reviews, sentences
 
 import exapt
 from exapt.core.contract import WeightMethod
-from exapt.train import CausalLM, Classifier, Custom, FitConfig, ImageClassification, Regression, TextClassification, TokenClassification, evaluate, fit, predict
+from exapt.train import (
+    CausalLM,
+    Classifier,
+    Custom,
+    FitConfig,
+    ImageClassification,
+    Regression,
+    TextClassification,
+    TokenClassification,
+    evaluate,
+    fit,
+    predict,
+)
 from exapt.train.loop import rate
 from exapt.train.strategy import recomputed
 

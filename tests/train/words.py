@@ -25,7 +25,7 @@ class Words:
 
     pad_token_id, eos_token_id = 0, 2
     known = tuple(
-        "a film inde ed fine grea t love ly poor dull awfu l so Anna Bert ram Chri stin went to old Pari s Reyk javi k the cat sat on mat and".split()
+        "a film inde ed fine grea t love ly poor dull awfu l so Anna Bert ram Chri stin went to old Pari s Reyk javi k the cat sat on mat and".split()  # noqa: SIM905
     )
 
     def _id(self, piece: str) -> int:
@@ -36,9 +36,7 @@ class Words:
         rows = []
         for text in [texts] if single else texts:
             words = text if is_split_into_words else text.split()
-            pieces: list[tuple[int | None, int]] = [
-                (n, self._id(word[i : i + 4])) for n, word in enumerate(words) for i in range(0, len(word), 4)
-            ]
+            pieces: list[tuple[int | None, int]] = [(n, self._id(word[i : i + 4])) for n, word in enumerate(words) for i in range(0, len(word), 4)]
             if add_special_tokens:
                 pieces = [(None, 1), *pieces[: max_length - 2], (None, 2)]
             rows.append(pieces)
@@ -95,9 +93,7 @@ def reviews(n: int = 40) -> list[dict[str, str]]:
 
 def sentences(n: int = 24) -> list[dict[str, list[str]]]:
     people, places = ["Anna", "Bertram", "Christina"], ["Paris", "Reykjavik"]
-    return [
-        {"tokens": ["so", people[i % 3], "went", "to", "old", places[i % 2]], "tags": ["O", "B-person", "O", "O", "B-place", "I-place"]} for i in range(n)
-    ]
+    return [{"tokens": ["so", people[i % 3], "went", "to", "old", places[i % 2]], "tags": ["O", "B-person", "O", "O", "B-place", "I-place"]} for i in range(n)]
 
 
 TAGS = ("O", "B-person", "B-place", "I-place")

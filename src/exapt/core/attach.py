@@ -1,73 +1,25 @@
-"""The verbs that put adapters on a model and take them off: the base keeps its object, classes, keys and bits."""
+"""Attach and detach: the base keeps its object, its classes, its keys and its bits."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from exapt.core.contract import Method, SubsetMethod, Taps, Tensors, WeightMethod
+from exapt.core.contract import Method, SubsetMethod, Tensors, WeightMethod
+from exapt.core.entry import HALF, Entry, Holder, selection, usable
 from exapt.core.errors import InputError, did_you_mean
-from exapt.core.layers import layers_of, walk
+from exapt.core.layers import walk
 from exapt.core.sites import Site, Sites, Where, choose, sites, with_statistics
-from exapt.core.slots import HALF, Entry, Holder, Slots, refresh, selection, slots_of, usable
+from exapt.core.slots import Slots, refresh, slots_of
+from exapt.core.state import Adapter, State, activate, slots_at, start, state_of
 
 Rules = Mapping[Any, Method]
 Statistics = Mapping[str, Mapping[str, Tensor]]
-
-
-@dataclass
-class Adapter:
-    """What a model remembers of one adapter."""
-
-    name: str
-    rules: list[tuple[Method, list[str]]]
-    trainable: bool = True
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class State:
-    """What a model remembers of its adapters. One per model, reached from every adapted module."""
-
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] | None = None
-    whole: bool = False
-    taps: dict[str, Taps] = field(default_factory=dict)
-    grad: dict[str, bool] = field(default_factory=dict)
-
-
-def state_of(model: nn.Module, make: bool = False) -> State:
-    """Returns the model's state; with ``make`` starts one. Raises ``InputError`` if nothing is attached."""
-    slots = model._modules.get("exapt")
-    if isinstance(slots, Slots) and slots.is_root:
-        return slots.state
-    if not make:
-        raise InputError("no adapter is attached to this model; call attach(model, method) first")
-    if any(True for _ in slots_of(model)):
-        raise InputError("a part of this model carries adapters already; detach them, then attach to the whole model")
-    parameters = dict(model.named_parameters())
-    state = State(grad={n: p.requires_grad for n, p in parameters.items()})
-    refresh(model, _slots(model, state, is_root=True))
-    for p in parameters.values():
-        p.requires_grad_(False)
-    return state
-
-
-def _slots(module: nn.Module, state: State, is_root: bool = False) -> Slots:
-    found = module._modules.get("exapt")
-    if isinstance(found, Slots):
-        return found
-    main = next((layer for layer in layers_of(module) if layer.parameter == "weight"), None)
-    slots = Slots(state, type(module), main, is_root)
-    module._modules["exapt"] = slots
-    return slots
 
 
 def attach(
@@ -122,15 +74,6 @@ def attach(
     state.adapters[name].trainable = trainable
     activate(model, name)
     return model
-
-
-def start(model: nn.Module, name: str) -> State:
-    """The model's state, made if need be, after checking that ``name`` can be given to an adapter."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise InputError(f'adapter name "{name}": use letters, digits, _ and - only')
-    if name in adapters(model):
-        raise InputError(f'an adapter "{name}" is attached already; give another name= or detach it first')
-    return state_of(model, make=True)
 
 
 @contextlib.contextmanager
@@ -216,7 +159,7 @@ def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method,
             model._modules["exapt"].add_module(f"{name}_shared_{number}", common)  # type: ignore[union-attr]
         for i, site in enumerate(chosen):
             holder, how = source.site(number, method, site)
-            slots = _slots(site.module, state)
+            slots = slots_at(site.module, state)
             key = f"{name}_{site.layer.parameter}" if site.layer and site.name != site.module_name else name
             slots.add_module(key if key not in slots._modules else f"{key}_{number}", holder)
             entry = Entry(name, method, site.name, site.layer, holder, common, chosen=how, position=i, last=i == len(chosen) - 1)
@@ -224,7 +167,7 @@ def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method,
             if method.contract in ("activation", "output") and site.role != "model":
                 entry.axis = site.axis
             if site.source is not None:
-                entry.source = _slots(site.source, state)
+                entry.source = slots_at(site.source, state)
                 entry.source.watchers += 1
             if slots.hook is None and _fused_parent(site, model):
                 slots.hook = site.module.register_forward_pre_hook(_keeps_modules_called)
@@ -323,62 +266,10 @@ def _alias(site: Site, parameter: str, tied: Mapping[int, list[tuple[nn.Module, 
     """Lets every other holder of a tied parameter see the same shift."""
     for module, name in tied.get(id(site.module._parameters[parameter]), ()):
         if module is not site.module:
-            slots = _slots(module, state)
+            slots = slots_at(module, state)
             if not any(own == name for own, _ in slots.aliases):
                 slots.aliases.append((name, (site.module, parameter)))
                 slots.chains.clear()
-
-
-def activate(model: nn.Module, *names: str) -> None:
-    """Makes exactly the named adapters active, in that order; none: the base model.
-
-    Of the adapters' parameters only the active, trainable ones ask for gradients.
-
-    Raises:
-        InputError: for a name that is not attached.
-    """
-    state = state_of(model)
-    for n in names:
-        if n not in state.adapters:
-            raise InputError(f'no adapter "{n}" on this model{did_you_mean(n, state.adapters)} (attached: {", ".join(state.adapters) or "none"})')
-    set_active(model, names)
-    set_gradients(model, names)
-
-
-def set_active(model: nn.Module, names: Sequence[str]) -> None:
-    """Brings every adapted module in line with the active adapters; gradients stay as they are."""
-    state_of(model).active = tuple(names)
-    for module, slots in list(slots_of(model)):
-        refresh(module, slots)
-
-
-def set_gradients(model: nn.Module, names: Sequence[str]) -> None:
-    """Lets exactly the named adapters' parameters ask for gradients, if they are trainable."""
-    state = state_of(model)
-    wanted = {n for n in names if state.adapters[n].trainable}
-    for _, slots in slots_of(model):
-        for e in slots.entries:
-            for holder in (e.holder, e.common):
-                if holder is not None:
-                    holder.ask(e.adapter in wanted)
-
-
-@contextlib.contextmanager
-def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
-    """Within the block exactly the named adapters are active."""
-    before = state_of(model).active
-    activate(model, *names)
-    try:
-        yield model
-    finally:
-        activate(model, *before)
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the base model runs alone."""
-    with using(model):
-        yield model
 
 
 def detach(model: nn.Module, *names: str) -> nn.Module:
@@ -420,58 +311,3 @@ def remove(model: nn.Module, name: str, state: State) -> None:
     if last:
         for n, p in model.named_parameters():
             p.requires_grad_(state.grad.get(n, p.requires_grad))
-
-
-@dataclass(frozen=True)
-class Count:
-    """Numbers of parameters: those that train, and all, base and adapters together."""
-
-    trainable: int
-    total: int
-
-
-def parameter_count(model: nn.Module) -> Count:
-    """Counts trainable and all parameters; a packed 4-bit weight counts its unpacked entries."""
-    total = trainable = 0
-    for p in model.parameters():
-        state = getattr(p, "quant_state", None)
-        n = int(state.shape.numel()) if state is not None else p.numel()
-        total += n
-        trainable += n if p.requires_grad else 0
-    return Count(trainable, total)
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that ask for gradients, by their names in the model."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the attached adapters."""
-    slots = model._modules.get("exapt")
-    return tuple(slots.state.adapters) if isinstance(slots, Slots) else ()
-
-
-def penalty(model: nn.Module) -> Tensor | None:
-    """The sum of what the active adapters' methods add to the loss, or ``None``."""
-    total: Tensor | None = None
-    for module, slots in slots_of(model):
-        for e in slots.entries:
-            if e.adapter in slots.state.active and type(e.method).penalty is not Method.penalty:
-                w = e.layer.to_matrix(cast(Tensor, module._parameters[e.layer.parameter])) if e.layer else torch.empty(0)
-                term = e.method.penalty(e.tensors(), w)
-                if term is not None:
-                    total = term if total is None else total + term
-    return total
-
-
-def after_step(model: nn.Module, step: int, total: int) -> None:
-    """Tells the active adapters' methods that optimiser step ``step`` (from 1) of ``total`` is done."""
-    by_method: dict[tuple[str, Method], dict[str, Tensors]] = {}
-    for _, slots in slots_of(model):
-        for e in slots.entries:
-            if e.adapter in slots.state.active and type(e.method).on_step is not Method.on_step:
-                by_method.setdefault((e.adapter, e.method), {})[e.site_name] = e.tensors()
-    with torch.no_grad():
-        for (_, method), tensors in by_method.items():
-            method.on_step(tensors, step, total)

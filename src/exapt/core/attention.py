@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from exapt.core.errors import InputError
 
 if TYPE_CHECKING:
-    from exapt.core.slots import Chain, Entry, Slots
+    from exapt.core.entry import Entry
+    from exapt.core.slots import Chain, Slots
 
 INTERFACE = "exapt"
 

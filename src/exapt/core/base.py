@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from exapt.core.layers import dense, is_quantised
 
 if TYPE_CHECKING:
-    from exapt.core.slots import Entry, Slots
+    from exapt.core.entry import Entry
+    from exapt.core.slots import Slots
 
 
 class LowRank(torch.autograd.Function):
@@ -53,15 +54,13 @@ class LinearLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        if ctx is not None:  # with setup_context every call would look up the signature, which costs more than a small layer
+            ctx.scale = scale
+            ctx.save_for_backward(x, W, A, B)
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, W, bias).addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=scale)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, W, _, A, B, ctx.scale = inputs
-        ctx.save_for_backward(x, W, A, B)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +122,9 @@ class Base:
         """
         if low_rank_x is None and self._plain_linear(x):
             W, bias = self.module._parameters["weight"], self.module._parameters["bias"]
-            return LinearLowRank.apply(x, W, bias, A, B, scale)  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled():
+                return LinearLowRank.apply(x, W, bias, A, B, scale)  # type: ignore[no-untyped-call]
+            return LinearLowRank.forward(None, x, cast(Tensor, W), bias, A, B, scale)
         y = self(x)
         inner = x if low_rank_x is None else low_rank_x
         if self.slots.layer.kind in ("linear", "conv1d_hf") and y.is_contiguous():

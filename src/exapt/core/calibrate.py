@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from exapt.core.contract import Method
+from exapt.core.entry import usable
 from exapt.core.errors import InputError, did_you_mean
 from exapt.core.layers import is_quantised
 from exapt.core.sites import Site, Sites, Where, choose, sites
-from exapt.core.slots import first_tensor, usable
+from exapt.core.slots import first_tensor
 
 FORWARD = ("input_mean", "input_covariance", "output_mean", "output_covariance")
 BACKWARD = ("gradient", "fisher")

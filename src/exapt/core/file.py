@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from exapt.core import __version__
-from exapt.core.attach import activate, hang, made_tensors, remove, start, state_of
+from exapt.core.attach import hang, made_tensors, remove
 from exapt.core.contract import Method, as_dict, frozen
+from exapt.core.entry import Entry, Holder, chosen_of
 from exapt.core.errors import InputError
 from exapt.core.layers import dense, walk
 from exapt.core.registry import from_dict
 from exapt.core.sites import Site, Sites, sites
-from exapt.core.slots import Entry, Holder, chosen_of, slots_of
+from exapt.core.slots import slots_of
+from exapt.core.state import activate, start, state_of
 
 FORMAT = 1
 MAX_HEADER = 64 * 1024 * 1024

@@ -8,14 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from exapt.core.attach import Adapter, activate, adapters, detach, hang, start, state_of
+from exapt.core.attach import detach, hang
 from exapt.core.contract import ActivationMethod, Method
+from exapt.core.entry import Entry, Holder, chosen_of
 from exapt.core.errors import InputError
 from exapt.core.file import holders
 from exapt.core.layers import is_quantised
 from exapt.core.roles import is_leaf
 from exapt.core.sites import Site, Sites, sites
-from exapt.core.slots import Entry, Holder, Slots, chosen_of
+from exapt.core.slots import Slots
+from exapt.core.state import Adapter, activate, adapters, start, state_of
 
 _RECORD = "_exapt_merged"
 

@@ -31,8 +31,8 @@ def routed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]
     Raises:
         InputError: for an unknown name, or when a batch of another number of rows arrives.
     """
-    from exapt.core.attach import set_active, set_gradients, state_of
     from exapt.core.slots import slots_of
+    from exapt.core.state import set_active, set_gradients, state_of
 
     state = state_of(model)
     for name in {n for n in names if n is not None}:
@@ -97,7 +97,7 @@ def _grouped(slots: Slots, module: nn.Module, args: Any, kwargs: Any, rows: tupl
 
 
 def _run_whole(slots: Slots, module: nn.Module, name: str | None, args: Any, kwargs: Any) -> Any:
-    from exapt.core.attach import set_active
+    from exapt.core.state import set_active
 
     state = slots.state
     rows, state.rows = state.rows, None

@@ -63,21 +63,24 @@ def accuracy_against_parameters(points: Mapping[str, tuple[int, Interval]]) -> D
             ax.errorbar([count], [100 * shown.value], yerr=spread, fmt="o", capsize=4, color=COLOURS[i % len(COLOURS)])
             ax.annotate(name, (count, 100 * shown.value), xytext=(7, 4), textcoords="offset points", fontsize=9, color=COLOURS[i % len(COLOURS)])
         ax.set_xscale("log")
-        ax.margins(x=0.3)
+        ax.margins(x=0.45)
         ax.set(xlabel="trainable parameters", ylabel="test accuracy (%)", title="Accuracy, 95 % bootstrap interval")
         _tidy(ax)
 
     return draw
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, title: str) -> Draw:
-    """Lines, ``{name: (x, y)}``; a name that ends in "validation" is dashed and takes the colour of the one before."""
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, title: str, first: int = 0) -> Draw:
+    """Lines, ``{name: (x, y)}``; a name that ends in "validation" is dashed and takes the colour of the one before.
+
+    ``first`` is the colour to begin with, so that a method can have the same one in every plot.
+    """
 
     def draw(ax: Axes) -> None:
-        colour = -1
+        colour = first - 1
         for name, (x, y) in series.items():
             held_out = name.endswith("validation")
-            colour += 0 if held_out and colour >= 0 else 1
+            colour += 0 if held_out and colour >= first else 1
             style: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 4} if held_out else {"linewidth": 1.4}
             ax.plot(x, y, label=name, color=COLOURS[colour % len(COLOURS)], **style)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)

@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from exapt.core.attach import adapters
 from exapt.core.errors import InputError
 from exapt.core.file import write_aside
+from exapt.core.state import adapters
 from exapt.train.strategy import put, sharded_like, whole, world_of
 
 _KEPT = 2
@@ -71,9 +71,9 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
     random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(gauss) else gauss))
     numbers = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(numbers[:-2], dtype=np.uint32), numbers[-2], numbers[-1], float(states["numpy_gauss"][0])))
-    torch.set_rng_state(states["torch"].contiguous())
+    torch.set_rng_state(states["torch"].clone())  # torch reads past a view's offset
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].contiguous())
+        torch.cuda.set_rng_state(states["cuda"].clone())
 
 
 def _of_every_process(states: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import random
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,14 +17,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from exapt.core.attach import Statistics, adapters, attach, state_of
+from exapt.core.attach import Statistics, attach
 from exapt.core.calibrate import calibrate
 from exapt.core.contract import Method
+from exapt.core.entry import usable
 from exapt.core.errors import InputError
 from exapt.core.file import save, write_aside
 from exapt.core.registry import method as method_of
 from exapt.core.sites import choose, sites
-from exapt.core.slots import slots_of, usable
+from exapt.core.slots import slots_of
+from exapt.core.state import adapters, state_of
 from exapt.train.batches import Source, is_loader, plain_parts
 from exapt.train.checkpoint import copied, tracked
 from exapt.train.config import FitConfig
@@ -131,7 +131,7 @@ def fit(
     if config.precision == "bf16-true":
         to_bfloat16(model)
         loss = _in_bfloat16(loss or task.loss)
-    with Peak(fabric.device).measured() as peak, recomputed(model, config.checkpointing), _quiet():
+    with Peak(fabric.device).measured() as peak, recomputed(model, config.checkpointing):
         wrapped = fabric.setup_module(model)
         optimizer = optimiser(model, config)
         loop = Loop(model, wrapped, optimizer, fabric, task, Source(rows, task, config, world_of()), config, loss or task.loss, held_out)
@@ -152,14 +152,6 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DDP is told that parameters may go unused; it need not say when none did."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-        yield
 
 
 def _in_bfloat16(loss: Loss) -> Loss:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exapt.core.attach import after_step, penalty
 from exapt.core.errors import InputError
+from exapt.core.state import after_step, penalty
 from exapt.train import checkpoint
 from exapt.train.batches import Part, Source, plain_parts
 from exapt.train.config import FitConfig

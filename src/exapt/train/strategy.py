@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from exapt.core.attach import adapters
 from exapt.core.errors import InputError
 from exapt.core.layers import is_quantised
 from exapt.core.roles import roles
+from exapt.core.state import adapters
 from exapt.train.config import FitConfig
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
