@@ -236,6 +236,35 @@ def test_encoder_layer_runs_adapters_under_its_fused_kernel(where: str) -> None:
     assert all(not m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_encoder_with_padding_runs_without_nested_tensors() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2).eval()
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False] * 3 + [True]])
+    with torch.no_grad():
+        before = encoder(x, src_key_padding_mask=padding)
+    exapt.attach(encoder, exapt.LoRA(rank=2), "mlp.up")
+    with torch.no_grad():
+        after = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(after[0], before[0])
+    torch.testing.assert_close(after[1, :3], before[1, :3])
+    exapt.detach(encoder)
+    assert encoder.use_nested_tensor
+
+
+def test_activation_method_on_an_attentions_output_projection() -> None:
+    """nn.MultiheadAttention never calls out_proj, so the change is made where its output appears."""
+    mha, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)
+    before = mha(x, x, x)[0]
+    exapt.attach(mha, exapt.SSF(), "out_proj")
+    gamma, beta = exapt.trainable(mha).values()
+    with torch.no_grad():
+        gamma.normal_()
+        beta.normal_()
+    torch.testing.assert_close(mha(x, x, x)[0], gamma * before + beta)
+    exapt.detach(mha)
+    assert torch.equal(mha(x, x, x)[0], before)
+
+
 def test_recurrent_layers_are_not_offered() -> None:
     """An LSTM reads its weights from a flat list; a shift of the parameter would silently do nothing."""
     model = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "out": nn.Linear(4, 2)})

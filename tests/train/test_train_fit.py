@@ -368,3 +368,29 @@ def test_bootstrap_interval_covers_the_accuracy() -> None:
 
     low, high = bootstrap(wide, 4000)
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.006)
+
+
+def test_progress_is_shown_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    model = model_of("text")
+    fit(model, PLAIN, ids(), exapt.LoRA(2), config=FitConfig(steps=3))
+    shown = capsys.readouterr()
+    assert "3/3" in shown.err
+    assert shown.out == ""
+    evaluate(model, PLAIN, ids(), progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_head_of_the_library_is_trained_too_and_a_mapping_is_taken_at_its_word() -> None:
+    pytest.importorskip("transformers")
+    from tiny import CLASSES as n
+
+    task = TextClassification(tuple("abcde"[:n]), Words())
+    rows = [{"text": w, "label": "abcde"[i % n]} for i, w in enumerate(["a", "film", "so", "went", "old"] * 2)]
+    for method, expected in ((exapt.LoRA(2), True), ({"linear": exapt.LoRA(2)}, False), ({"all": exapt.method("bitfit")}, True)):
+        model = model_of("bert")
+        fit(model, task, rows, method, config=FitConfig(steps=1, **QUIET))
+        assert any(name.startswith("classifier") for name in exapt.trainable(model)) == expected
+    classifier = task.prepare(Encoder())
+    fit(classifier, task, rows, {"linear": exapt.LoRA(2), "all": exapt.method("bitfit")}, config=FitConfig(steps=1, **QUIET))
+    assert {name for name in exapt.trainable(classifier) if name.startswith("head")} == {"head.exapt.default.weight", "head.exapt.default.bias"}

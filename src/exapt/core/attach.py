@@ -159,9 +159,12 @@ def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method,
             model._modules["exapt"].add_module(f"{name}_shared_{number}", common)  # type: ignore[union-attr]
         for i, site in enumerate(chosen):
             holder, how = source.site(number, method, site)
-            slots = slots_at(site.module, state)
+            module = _called(method, site, model)
+            slots = slots_at(module, state)
             key = f"{name}_{site.layer.parameter}" if site.layer and site.name != site.module_name else name
-            slots.add_module(key if key not in slots._modules else f"{key}_{number}", holder)
+            while key in slots._modules:
+                key += "_"
+            slots.add_module(key, holder)
             entry = Entry(name, method, site.name, site.layer, holder, common, chosen=how, position=i, last=i == len(chosen) - 1)
             entry.definition = _by_definition(method, site, model, how)
             if method.contract in ("activation", "output") and site.role != "model":
@@ -170,7 +173,7 @@ def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method,
                 entry.source = slots_at(site.source, state)
                 entry.source.watchers += 1
             if slots.hook is None and _fused_parent(site, model):
-                slots.hook = site.module.register_forward_pre_hook(_keeps_modules_called)
+                slots.hook = module.register_forward_pre_hook(_keeps_modules_called)
             slots.entries.append(entry)
             slots.chains.clear()
             for parameter in entry.names():
@@ -227,6 +230,13 @@ def _by_definition(method: Method, site: Site, model: nn.Module, chosen: Mapping
         raise InputError(f"{method.key} with dropout cannot act on {site.name}: its weight is read as a parameter; set dropout=0 or leave it out of where=")
     served = method.fast_kinds is None or site.layer.kind in method.fast_kinds
     return forced or not (method.has_fast_path() and served)
+
+
+def _called(method: Method, site: Site, model: nn.Module) -> nn.Module:
+    """The module whose forward is run: an attention's, where an activation method is to act on its output projection."""
+    if isinstance(method, (WeightMethod, SubsetMethod)):
+        return site.module
+    return next((m for m in _parents(site, model) if isinstance(m, nn.MultiheadAttention)), site.module)
 
 
 def _keeps_modules_called(module: nn.Module, args: Any) -> None:
@@ -311,3 +321,5 @@ def remove(model: nn.Module, name: str, state: State) -> None:
     if last:
         for n, p in model.named_parameters():
             p.requires_grad_(state.grad.get(n, p.requires_grad))
+        for n in state.nested:
+            cast(Any, model.get_submodule(n)).use_nested_tensor = True

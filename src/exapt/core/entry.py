@@ -164,4 +164,6 @@ def usable(method: Method, site: Any) -> bool:
     if method.contract == "token":
         level = cast(TokenMethod, method).level
         return site.role == "attention" if level == "attention" else site.role in ("model", "embeddings")
+    if method.contract == "side":
+        return bool(site.role == "block")
     return site.name == site.module_name or site.source is not None

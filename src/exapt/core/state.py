@@ -37,6 +37,7 @@ class State:
     whole: bool = False
     taps: dict[str, Taps] = field(default_factory=dict)
     grad: dict[str, bool] = field(default_factory=dict)
+    nested: list[str] = field(default_factory=list)
 
 
 def state_of(model: nn.Module, make: bool = False) -> State:
@@ -49,7 +50,10 @@ def state_of(model: nn.Module, make: bool = False) -> State:
     if any(True for _ in slots_of(model)):
         raise InputError("a part of this model carries adapters already; detach them, then attach to the whole model")
     parameters = dict(model.named_parameters())
-    state = State(grad={n: p.requires_grad for n, p in parameters.items()})
+    nested = [n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)]
+    for n in nested:  # nested tensors are for torch's fused layers alone
+        cast(Any, model.get_submodule(n)).use_nested_tensor = False
+    state = State(grad={n: p.requires_grad for n, p in parameters.items()}, nested=nested)
     refresh(model, slots_at(model, state, is_root=True))
     for p in parameters.values():
         p.requires_grad_(False)

@@ -126,7 +126,7 @@ def fit(
         task.check(held_out, training=False)
     fabric = fabric_of(config)
     _seed(config.seed)
-    model = _adapted(model, task, rows, method, where, name, statistics, loss, config)
+    model = _adapted(model, task, rows, method, where, name, statistics, loss, config, fabric.device)
     _seed(config.seed + world_of()[0])
     if config.precision == "bf16-true":
         to_bfloat16(model)
@@ -166,8 +166,9 @@ def _in_bfloat16(loss: Loss) -> Loss:
 
 
 def _adapted(
-    model: nn.Module, task: Task, rows: Any, method: Any, where: Any, name: str, statistics: Statistics | None, loss: Loss | None, config: FitConfig
-) -> nn.Module:
+    model: nn.Module, task: Task, rows: Any, method: Any, where: Any, name: str, statistics: Statistics | None, loss: Loss | None,
+    config: FitConfig, device: torch.device,
+) -> nn.Module:  # fmt: skip
     """The model for the task with what is to be trained on it."""
     inner = adapters(model)
     prepared = task.prepare(model)
@@ -185,8 +186,8 @@ def _adapted(
     left = frozenset(heads - _replaced_whole(model, rules))
     if left:  # first, so that no other rule of the same contract takes a part of the head
         rules = {_Places(left): method_of("full"), **rules}
-    if statistics is None:
-        statistics = _statistics(model, task, rows, rules, loss, config)
+    if statistics is None and any(m.needs for m in rules.values()):
+        statistics = _statistics(model.to(device), task, rows, rules, loss, config)
     if len(rules) == 1:
         ((place, only),) = rules.items()
         return attach(model, only, place, name, statistics=statistics, seed=config.seed)
@@ -219,8 +220,8 @@ def _replaced_whole(model: nn.Module, rules: Mapping[Any, Method]) -> set[str]:
     return taken
 
 
-def _statistics(model: nn.Module, task: Task, rows: Any, rules: Mapping[Any, Method], loss: Loss | None, config: FitConfig) -> Statistics | None:
-    """What the methods need, from the first batches; ``None`` if they need nothing."""
+def _statistics(model: nn.Module, task: Task, rows: Any, rules: Mapping[Any, Method], loss: Loss | None, config: FitConfig) -> Statistics:
+    """What the methods need, from the first batches."""
     found: dict[str, dict[str, Tensor]] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for place, m in rules.items():
@@ -231,7 +232,7 @@ def _statistics(model: nn.Module, task: Task, rows: Any, rules: Mapping[Any, Met
                 batches = (_inputs(b) for b in batches)
             for site, values in calibrate(model, batches, m, place, loss or task.loss).items():
                 found.setdefault(site, {}).update(values)
-    return found or None
+    return found
 
 
 def _inputs(batch: Any) -> Any:
