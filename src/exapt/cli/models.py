@@ -118,6 +118,9 @@ def load_model(text: str, kind: str | None = None) -> nn.Module:
         model: nn.Module = auto.from_pretrained(name, **where, **more)
     except (OSError, ValueError) as e:
         raise InputError(f'model "{text}": could not be loaded as {auto.__name__} ({_first_line(e)}); give {FORMS}') from e
+    quantizer = getattr(model, "hf_quantizer", None)
+    if source.gguf and quantizer is not None and all(p.is_floating_point() for p in model.parameters()):
+        quantizer.remove_quantization_config(model)  # its weights are dequantised, so that it can be saved like any other
     return model.eval()
 
 
@@ -149,7 +152,7 @@ def _auto(source: Source, kind: str | None) -> Any:
 
 
 def _transformers() -> Any:
-    """transformers, imported without what its own optional packages log of kernels that are not built for this machine."""
+    """transformers, imported without what its optional packages log of kernels not built for this machine; its bars only on a terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

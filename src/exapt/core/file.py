@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -201,7 +202,8 @@ def write_aside(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # the file is in place; some file systems cannot sync a folder
+            os.fsync(folder)
     finally:
         os.close(folder)
 

@@ -217,7 +217,7 @@ def choose(found: Sequence[Site], where: Where, usable: Callable[[Site], bool]) 
         raise InputError(f"where={words} matches {len(named)} sites ({named[0].name or '(model)'}, ...), but the method cannot act on any of them")
     near = sorted({s.role for s in found if s.role not in ("other", "model")} | {"linear", "all"})
     names = [s.name for s in found if s.name]
-    hints = "".join(did_you_mean(t, [*near, *names]) for t in texts[:1])
+    hints = "".join(did_you_mean(t, [n for n in (*near, *names) if n != t]) for t in texts[:1])
     raise InputError(f"where={words} matches no site{hints} (roles here: {', '.join(near)}; names such as {', '.join(names[:3])})")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from exapt.core.base import Base, plain
 from exapt.core.contract import Taps, TokenMethod
 from exapt.core.entry import Entry
+from exapt.core.errors import InputError
 from exapt.core.layers import Layer, walk
 
 if TYPE_CHECKING:
@@ -269,17 +270,27 @@ def slots_of(model: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
             yield module, slots
 
 
+def _wear(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives a module its class, unless it has it already, perhaps under that of FSDP2."""
+    now = type(module)
+    if now is cls or cls in now.__bases__:
+        return
+    if hasattr(module, "set_reshard_after_forward"):
+        raise InputError(f"a sharded {cls.__name__} cannot change how its adapters act; attach, activate and merge before fully_shard")
+    module.__class__ = cls
+
+
 def refresh(module: nn.Module, slots: Slots) -> None:
     """Brings a module's chain and class in line with the active adapters; restores its own class where nothing is left."""
     if not slots.entries and not slots.aliases and not slots.is_root and not slots.watchers:
         if slots.hook is not None:
             slots.hook.remove()
         del module._modules["exapt"]
-        module.__class__ = slots.base_class
+        _wear(module, slots.base_class)
         return
     slots.chain = slots.chain_of(slots.state.active)
     if slots.chain.prefixes and slots.config is None and "config" in module.__dict__:
         from exapt.core.attention import prefixed_config
 
         slots.config = prefixed_config(module)
-    module.__class__ = swapped(slots.base_class, slots.chain.overrides, bool(slots.chain.prefixes))  # type: ignore[arg-type]
+    _wear(module, swapped(slots.base_class, slots.chain.overrides, bool(slots.chain.prefixes)))  # type: ignore[arg-type]
