@@ -272,12 +272,10 @@ def slots_of(model: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
 
 def _wear(module: nn.Module, cls: type[nn.Module]) -> None:
     """Gives a module its class, unless it has it already, perhaps under that of FSDP2."""
-    now = type(module)
-    if now is cls or cls in now.__bases__:
-        return
-    if hasattr(module, "set_reshard_after_forward"):
+    if not hasattr(module, "set_reshard_after_forward"):
+        module.__class__ = cls
+    elif cls not in type(module).__bases__:
         raise InputError(f"a sharded {cls.__name__} cannot change how its adapters act; attach, activate and merge before fully_shard")
-    module.__class__ = cls
 
 
 def refresh(module: nn.Module, slots: Slots) -> None:
