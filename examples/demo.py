@@ -88,7 +88,7 @@ def proven(lora: dict[str, Any], reload: dict[str, Any]) -> tuple[list[str], boo
     """Sentences on the adapter's life, and whether everything that should be equal is."""
 
     def words(a: dict[str, Any]) -> str:
-        bits = "bit-equal logits" if a["bit_equal"] else f"largest difference of a logit {a['largest']:.1e} (largest logit {a['scale']:.1f})"
+        bits = "bit-equal logits" if a["bit_equal"] else f"largest difference of a logit {a['largest']:.1e} (largest absolute logit {a['scale']:.1f})"
         return f"{a['same']} of {a['rows']} predictions equal, {bits}"
 
     bases = {"training and detach": lora["base_identical"], "load, merge, unmerge and detach": reload["base_identical"]}

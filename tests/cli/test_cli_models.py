@@ -11,6 +11,7 @@ import torch
 from shell import MINILM, needs_minilm, run
 from torch import nn
 
+import exapt
 from exapt.cli.models import load_model, load_tokenizer, locate, outline
 from exapt.core.errors import InputError
 
@@ -78,6 +79,25 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
     assert "could not be loaded as AutoModel" in refusal(str(tmp_path))
+
+
+@needs_minilm
+def test_weights_that_are_missing(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = locate(MINILM).path
+    assert source is not None
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if not k.startswith("pooler")}, tmp_path / "model.safetensors", {"format": "pt"})
+    first, second = load_model(str(tmp_path)), load_model(str(tmp_path))
+    assert exapt.fingerprint(first) == exapt.fingerprint(second)  # a pooler at random would tell them apart
+    ids = torch.tensor([[101, 2023, 102]])
+    torch.testing.assert_close(first(ids).last_hidden_state, load_model(MINILM)(ids).last_hidden_state)
+    save_file({k: v for k, v in tensors.items() if "layer.3" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "its files lack 16 weights of AutoModel (encoder.layer.3." in refusal(str(tmp_path))
+    with pytest.raises(InputError, match="it is no model for this task"):
+        load_model(MINILM, "causal_lm")
 
 
 @needs_minilm

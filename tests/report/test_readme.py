@@ -93,7 +93,7 @@ def test_named_classes_and_files_exist():
     for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`((?:src|tests|docs|scripts|examples)/[^`]*)`", README):
         assert (ROOT / path).exists(), path
     targets = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"\bmake ([a-z]+)", README):
+    for target in re.findall(r"(?:^|`)make ([a-z]+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", targets, flags=re.MULTILINE), target
 
 

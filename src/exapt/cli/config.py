@@ -17,7 +17,7 @@ import yaml
 
 from exapt.core.contract import Method
 from exapt.core.errors import InputError, did_you_mean
-from exapt.core.registry import _checked, from_dict, methods
+from exapt.core.registry import checked, from_dict, methods
 
 KEYS = ("model", "task", "data", "method", "where", "train", "output")
 SPLITS = ("train", "validation", "test")
@@ -224,7 +224,7 @@ def build(cls: type, section: str, given: dict[str, Any], path: Path, **extra: A
     for name, value in given.items():
         if name not in known:
             raise InputError(f'{path}: {section} has no key "{name}"{did_you_mean(str(name), known)} (it has {", ".join(sorted(known))})')
-        given = {**given, name: _checked(section, name, value, hints[name])}
+        given = {**given, name: checked(section, name, value, hints[name])}
     missing = [f.name for f in dataclasses.fields(cls) if f.name in known - set(given) and f.default is f.default_factory is dataclasses.MISSING]
     if missing:
         raise InputError(f'{path}: {section} needs "{missing[0]}"; add it to the file or give --{section}.{missing[0]}')

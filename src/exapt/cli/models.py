@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, util
 from pathlib import Path
@@ -115,13 +117,25 @@ def load_model(text: str, kind: str | None = None) -> nn.Module:
     auto = _auto(source, kind)
     more = {} if source.gguf else {"use_safetensors": True}
     try:
-        model: nn.Module = auto.from_pretrained(name, **where, **more)
+        with _quiet():
+            model, info = auto.from_pretrained(name, **where, **more, output_loading_info=True)
     except (OSError, ValueError) as e:
         raise InputError(f'model "{text}": could not be loaded as {auto.__name__} ({_first_line(e)}); give {FORMS}') from e
+    _refuse_fresh(model, info["missing_keys"], text, auto.__name__)
     quantizer = getattr(model, "hf_quantizer", None)
     if source.gguf and quantizer is not None and all(p.is_floating_point() for p in model.parameters()):
         quantizer.remove_quantization_config(model)  # its weights are dequantised, so that it can be saved like any other
-    return model.eval()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _refuse_fresh(model: Any, missing: Iterable[str], text: str, wanted: str) -> None:
+    """Weights that the files lack come out at random: no base to adapt. A pooler alone, which no task here reads, is left out."""
+    if not missing:
+        return
+    if all(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # as transformers' own add_pooling_layer=False
+        return
+    raise InputError(f'model "{text}": its files lack {len(list(missing))} weights of {wanted} ({min(missing)}, ...); it is no model for this task')
 
 
 def outline(text: str) -> nn.Module:
@@ -151,19 +165,24 @@ def _auto(source: Source, kind: str | None) -> Any:
     return transformers.AutoModelForCausalLM if kind == "causal_lm" else transformers.AutoModel
 
 
-def _transformers() -> Any:
-    """transformers, imported without what its optional packages log of kernels not built for this machine; its bars only on a terminal."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what optional packages log of kernels not built for this machine, and a report that is an ``InputError`` here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        import transformers
-        import transformers.modeling_utils
-
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
-        return transformers
+        yield
     finally:
         logging.disable(before)
+
+
+def _transformers() -> Any:
+    with _quiet():
+        import transformers
+        import transformers.modeling_utils
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _configuration(source: Source) -> Any:

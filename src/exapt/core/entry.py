@@ -35,12 +35,6 @@ class Holder(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], {**self._parameters, **self._buffers})
 
-    def ask(self, grad: bool) -> None:
-        """Lets the parameters ask for gradients, or not."""
-        for p in self._parameters.values():
-            if p is not None and p.requires_grad is not grad:
-                p.requires_grad_(grad)
-
 
 @dataclass(eq=False)
 class Entry:

@@ -22,7 +22,7 @@ from exapt.core.attach import hang, made_tensors, remove
 from exapt.core.contract import Method, as_dict, frozen
 from exapt.core.entry import Entry, Holder, chosen_of
 from exapt.core.errors import InputError
-from exapt.core.layers import dense, walk
+from exapt.core.layers import Layer, dense, walk
 from exapt.core.registry import from_dict
 from exapt.core.sites import Site, Sites, sites
 from exapt.core.slots import slots_of
@@ -164,10 +164,10 @@ def save(
         raise InputError(f'no adapter "{name}" on this model to save (attached: {", ".join(state.adapters)})')
     adapter = state.adapters[name]
     tensors, checksums, manifest = _collect(model, name)
-    known = {s.name: s for s in sites(model)}
+    layers = {e.site_name: e.layer for _, slots in slots_of(model) for e in slots.entries if e.adapter == name}
     header = {
         "format": FORMAT,
-        "rules": [{"method": as_dict(m), "sites": where, "shapes": [_site_shape(known[w]) for w in where]} for m, where in adapter.rules],
+        "rules": [{"method": as_dict(m), "sites": where, "shapes": [_shape(layers[w]) for w in where]} for m, where in adapter.rules],
         "fingerprint": fingerprint(model, _replaced(model, name)),
         "base": cast(Any, model._modules["exapt"]).base_class.__name__,
         "versions": {"exapt": __version__, "torch": str(torch.__version__)},
@@ -180,25 +180,32 @@ def save(
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return target
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
-    write_aside(target, safetensors.torch.save(tensors, metadata={"exapt": text}))
+    write_aside(target, lambda aside: safetensors.torch.save_file(tensors, aside, metadata={"exapt": text}))
     return target
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Writes a file under another name in its folder, syncs it and renames it; on failure the old file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def write_aside(path: Path, data: bytes | Callable[[str], None]) -> None:
+    """Writes a file under another name in its folder, syncs it and renames it; on failure the old file stays.
+
+    ``data`` is the file's content, or a function that writes it to the path it is given.
+    """
+    temporary = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is its owner's alone; this one is to be like any other
         os.replace(temporary, path)
-    except OSError as e:
-        Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{path}: could not be written ({e.strerror or e}); what was there before is untouched") from e
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as e:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise InputError(f"{path}: could not be written ({e.strerror or e}); what was there before is untouched") from e
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -311,8 +318,8 @@ def _planned(model: nn.Module, data: AdapterFile, path: Any) -> list[tuple[Metho
         chosen = Sites()
         for place, shape in zip(rule["sites"], rule["shapes"], strict=True):
             site = known.get(place)
-            if site is None or _site_shape(site) != shape:
-                here = "has no such site" if site is None else f"has {_site_shape(site)} there"
+            if site is None or _shape(site.layer) != shape:
+                here = "has no such site" if site is None else f"has {_shape(site.layer)} there"
                 raise InputError(
                     f"{path}: made for {place or '(model)'} of shape {shape} on a {data.base} (base {data.fingerprint}); this {type(model).__name__} {here}"
                 )
@@ -321,8 +328,8 @@ def _planned(model: nn.Module, data: AdapterFile, path: Any) -> list[tuple[Metho
     return plan
 
 
-def _site_shape(site: Site) -> list[int] | None:
-    return list(site.layer.shape) if site.layer else None
+def _shape(layer: Layer | None) -> list[int] | None:
+    return list(layer.shape) if layer else None
 
 
 def _by_place(listed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

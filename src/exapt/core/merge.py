@@ -86,11 +86,11 @@ def merge(model: nn.Module, *names: str, undo: bool = True) -> nn.Module:
         _refuse(state.adapters[n])
     new = _new_values(model, names)
     originals: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for path, (parameter, value) in new.items():
-            if undo:
-                originals[path] = parameter.detach().clone()
-            parameter.copy_(value)
+    for path, (parameter, value) in new.items():
+        if undo:
+            originals[path] = parameter.data
+        # the new values take the old ones' place instead of being copied over them: half the memory traffic, same parameter
+        parameter.data = _own(value).to(parameter.dtype).contiguous()
     kept = [(state.adapters[n], dict(holders(model, n))) for n in names] if undo else []
     record = _Merged(tuple(names), originals if undo else None, kept, state.active)
     detach(model, *names)
@@ -128,10 +128,15 @@ def _new_values(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[nn.
                 _fold(e, module, values)
         for parameter, value in values.items():
             full = f"{path}.{parameter}" if path else parameter
-            if not torch.isfinite(value).all():
+            if not (torch.isfinite(value.sum()) or torch.isfinite(value).all()):  # the sum is finite only if all are, and one pass
                 raise InputError(f"{full}: merging would write NaN or infinity; check the adapter")
             new[full] = (cast(nn.Parameter, module._parameters[parameter]), value)
     return new
+
+
+def _own(value: Tensor) -> Tensor:
+    """The values without their graph, and not an adapter's own tensor."""
+    return value.detach().clone() if isinstance(value, nn.Parameter) else value.detach()
 
 
 def _exact(e: Entry, parameter: str, values: dict[str, Tensor], stored: Tensor) -> None:
@@ -177,7 +182,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             raise InputError(f'an adapter "{n}" was attached since the merge; detach it, so that the merged one can return')
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, value in record.originals.items():
-        parameters[path].copy_(value)
+        parameters[path].data = value
     del model.__dict__[_RECORD]
     found = {s.name: s for s in sites(model)}
     for adapter, tensors in record.adapters:

@@ -52,11 +52,12 @@ def method(key: str, **fields: Any) -> Method:
     for name, value in fields.items():
         if name not in known:
             raise InputError(f'{key} has no field "{name}"{did_you_mean(name, known)} (it has {", ".join(known) or "none"})')
-        fields[name] = _checked(key, name, value, hints[name])
+        fields[name] = checked(key, name, value, hints[name])
     return cls(**fields)
 
 
-def _checked(key: str, name: str, value: Any, hint: Any) -> Any:
+def checked(key: str, name: str, value: Any, hint: Any) -> Any:
+    """Returns a field's value in the type its annotation asks for, or raises ``InputError`` naming what it may be."""
     allowed = get_args(hint) if get_origin(hint) is not tuple else ()
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(value)

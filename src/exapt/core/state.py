@@ -115,9 +115,11 @@ def set_gradients(model: nn.Module, names: Sequence[str]) -> None:
     wanted = {n for n in names if state.adapters[n].trainable}
     for _, slots in slots_of(model):
         for e in slots.entries:
-            for holder in (e.holder, e.common):
-                if holder is not None:
-                    holder.ask(e.adapter in wanted)
+            asks = e.adapter in wanted
+            for holder in (e.holder, e.common) if e.common else (e.holder,):
+                for p in holder._parameters.values():
+                    if p is not None and p.requires_grad is not asks:  # read first: a model may carry thousands
+                        p.requires_grad_(asks)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ class LoRA(WeightMethod):
         return {"A": a, "B": a.new_zeros(d_out, self.rank)}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return w + (self.factor * p["B"] @ p["A"]).to(w.dtype)
+        return torch.addmm(w, p["B"].to(w.dtype), p["A"].to(w.dtype), alpha=self.factor)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         dropped = F.dropout(x, self.dropout, base.training) if self.dropout and x.is_floating_point() else None
