@@ -69,7 +69,7 @@ def test_identity_at_start(cls: type[Method]) -> None:
 def test_only_the_adapter_trains_and_all_of_it(cls: type[Method]) -> None:
     kind = kind_for(cls())
     model, x = model_of(kind), inputs_of(kind)
-    base = [p for p in model.parameters()]
+    base = list(model.parameters())
     attach_example(model, example(cls), kind)
     perturb(model)
     if not exapt.trainable(model):

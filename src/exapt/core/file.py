@@ -193,9 +193,12 @@ def write_aside(path: Path, data: bytes | Callable[[str], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
+        os.close(handle)
+        if callable(data):
+            data(temporary)
+        else:
+            Path(temporary).write_bytes(data)
+        with open(temporary, "r+b") as f:  # opened anew: safetensors itself writes aside, so this may be another file by now
             os.fsync(f.fileno())
         mask = os.umask(0)
         os.umask(mask)
@@ -204,8 +207,8 @@ def write_aside(path: Path, data: bytes | Callable[[str], None]) -> None:
     except BaseException as e:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise InputError(f"{path}: could not be written ({e.strerror or e}); what was there before is untouched") from e
+        if isinstance(e, (OSError, safetensors.SafetensorError)):
+            raise InputError(f"{path}: could not be written ({getattr(e, 'strerror', None) or e}); what was there before is untouched") from e
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
