@@ -140,6 +140,7 @@ class Base:
             and type(W) is nn.Parameter
             and W.dtype == x.dtype
             and not W.requires_grad
+            and "bias" in self.module._parameters
             and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
             and not torch.is_autocast_enabled(x.device.type)
             and not torch._C._are_functorch_transforms_active()  # these need LowRank's vmap rule, which nothing in place can have

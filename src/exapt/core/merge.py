@@ -128,6 +128,7 @@ def _new_values(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[nn.
                 _fold(e, module, values)
         for parameter, value in values.items():
             full = f"{path}.{parameter}" if path else parameter
+            value = value.to(cast(Tensor, module._parameters[parameter]).dtype)  # before the check: a half may overflow only here
             if not (torch.isfinite(value.sum()) or torch.isfinite(value).all()):  # the sum is finite only if all are, and one pass
                 raise InputError(f"{full}: merging would write NaN or infinity; check the adapter")
             new[full] = (cast(nn.Parameter, module._parameters[parameter]), value)
