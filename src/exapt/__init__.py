@@ -28,6 +28,8 @@ _LAZY = {"fit": "exapt.train", "evaluate": "exapt.train", "predict": "exapt.trai
 
 def __getattr__(name: str) -> Any:
     """Finds methods by their class names, and the training verbs without importing them first."""
+    if name == "train":
+        return import_module("exapt.train")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     found = {cls.__name__: cls for cls in methods().values()}
