@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from exapt.core.contract import Method, Taps, Tensors
 from exapt.core.errors import InputError, did_you_mean
-from exapt.core.layers import layers_of
+from exapt.core.layers import layers_of, walk
 from exapt.core.slots import Slots, refresh, slots_of
 
 
@@ -47,10 +47,11 @@ def state_of(model: nn.Module, make: bool = False) -> State:
         return slots.state
     if not make:
         raise InputError("no adapter is attached to this model; call attach(model, method) first")
-    if any(True for _ in slots_of(model)):
+    modules = list(walk(model))
+    if any("exapt" in m._modules for _, m in modules):
         raise InputError("a part of this model carries adapters already; detach them, then attach to the whole model")
     parameters = dict(model.named_parameters())
-    nested = [n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)]
+    nested = [n for n, m in modules if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)]
     for n in nested:  # nested tensors are for torch's fused layers alone
         cast(Any, model.get_submodule(n)).use_nested_tensor = False
     state = State(grad={n: p.requires_grad for n, p in parameters.items()}, nested=nested)

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod
@@ -55,7 +55,7 @@ class LoRA(WeightMethod):
 
     def init(self, site: Site) -> Tensors:
         d_out, d_in = site.shape
-        a = nn.init.kaiming_uniform_(torch.empty(self.rank, d_in, device=site.device), a=5**0.5)
+        a = torch.empty(self.rank, d_in, device=site.device).uniform_(-(d_in**-0.5), d_in**-0.5)  # Kaiming uniform, slope sqrt(5)
         return {"A": a, "B": a.new_zeros(d_out, self.rank)}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
