@@ -286,3 +286,28 @@ def test_calibrate_collects_what_is_declared_in_one_pass() -> None:
     with pytest.raises(exapt.InputError, match="needs the statistics"):
         exapt.attach(model, Wants(), "all")
     exapt.attach(model, Wants(), "all", statistics=got)
+
+
+def test_names_that_begin_alike_do_not_meet() -> None:
+    model, x = model_of("text"), inputs_of("text")
+    exapt.attach(model, exapt.method("vera"), name="a")
+    exapt.attach(model, exapt.method("vera"), name="a_shared_b")
+    perturb(model)
+    expected, kept = call(model, x), {k for k in model.state_dict() if "a_shared_b" in k}
+    exapt.detach(model, "a")
+    assert {k for k in model.state_dict() if "a_shared_b" in k} == kept
+    assert torch.equal(call(model, x), expected)
+
+
+def test_unmerge_after_another_adapter_was_detached() -> None:
+    model, x = model_of("text"), inputs_of("text")
+    exapt.attach(model, exapt.LoRA(rank=2), name="a")
+    perturb(model)
+    alone = call(model, x)
+    exapt.attach(model, exapt.LoRA(rank=2), name="b")
+    exapt.activate(model, "a", "b")
+    exapt.merge(model, "a")
+    exapt.detach(model, "b")
+    exapt.unmerge(model)
+    assert exapt.adapters(model) == ("a",)
+    assert torch.equal(call(model, x), alone)

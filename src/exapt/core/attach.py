@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -299,7 +300,7 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
 def remove(model: nn.Module, name: str, state: State) -> None:
     """Takes one adapter off, whole or half hung; with the last one the model is what it was."""
     root = cast(Slots, model._modules["exapt"])
-    for key in [k for k in root._modules if k.startswith(f"{name}_shared_")]:
+    for key in [k for k in root._modules if re.fullmatch(rf"{name}_shared_\d+", k)]:
         del root._modules[key]
     for _, slots in list(slots_of(model)):
         gone = {id(e.holder) for e in slots.entries if e.adapter == name}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exapt.core.base import Base
-from exapt.core.contract import Columns, Entries, Method, SubsetMethod, TokenMethod, WeightMethod, frozen
+from exapt.core.contract import Columns, Entries, Method, SubsetMethod, TokenMethod, WeightMethod, Whole, frozen
 from exapt.core.layers import Layer, dense
 
 if TYPE_CHECKING:
@@ -121,8 +121,6 @@ def _replace(how: str | None, p: dict[str, Tensor], name: str, value: Tensor, la
 
 def selection(method: SubsetMethod, site: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a subset method at a site (chosen entries' present values, their indices), and how each was chosen."""
-    from exapt.core.contract import Whole
-
     tensors: dict[str, Tensor] = {}
     chosen: dict[str, str] = {}
     for name, part in method.select(site).items():

@@ -190,5 +190,5 @@ def unmerge(model: nn.Module) -> nn.Module:
         state = start(model, adapter.name)
         hang(model, state, adapter.name, [(m, Sites(found[w] for w in where)) for m, where in adapter.rules], _Kept(tensors))
         state.adapters[adapter.name] = adapter
-    activate(model, *record.active)
+    activate(model, *(n for n in record.active if n in adapters(model)))  # others may have been detached since
     return model

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from exapt.core.attention import block_mask, config_property, prefixed_config, prefixed_multihead, run_prompted
 from exapt.core.base import Base, plain
 from exapt.core.contract import Taps, TokenMethod
 from exapt.core.entry import Entry
 from exapt.core.errors import InputError
 from exapt.core.layers import Layer, walk
+from exapt.core.routing import run_rows
 
 if TYPE_CHECKING:
     from exapt.core.state import State
@@ -73,7 +75,8 @@ class Slots(nn.Module):
             stored = module._parameters["weight"]
             if stored is not None and plain(stored) is not stored:
                 bias = self.value(module, "bias") if module._parameters.get("bias") is not None else None
-                return nn.functional.linear(args[0], self.value(module, "weight").to(args[0].dtype), bias)
+                x = first_tensor(args, kwargs)
+                return nn.functional.linear(x, self.value(module, "weight").to(x.dtype), bias)
         return self.base_class.forward(module, *args, **kwargs)
 
     def value(self, module: nn.Module, name: str, entries: Sequence[Entry] | None = None) -> Tensor:
@@ -106,8 +109,6 @@ class Slots(nn.Module):
 
     def run(self, module: nn.Module, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward with the entries of ``chain`` in effect."""
-        from exapt.core.attention import prefixed_multihead, run_prompted
-
         if self.watchers:
             self.seen = first_tensor(args, kwargs)
         if chain.sides:
@@ -161,8 +162,6 @@ def _activation(e: Entry, x: Tensor, h: Tensor) -> Tensor:
 
 def _run_sides(slots: Slots, module: nn.Module, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A tapped block: run it without gradient, note its output; the last one hands over to the side network."""
-    from exapt.core.attention import block_mask
-
     with torch.no_grad():
         y = slots.frozen_forward(module, *args, **kwargs)
     for e in chain.sides:
@@ -213,8 +212,6 @@ def _rebuild(base: type[nn.Module], overrides: tuple[str, ...], attention: bool)
 def swapped(base: type[nn.Module], overrides: tuple[str, ...], attention: bool) -> type[nn.Module]:
     """The cached subclass of ``base`` whose forward runs the adapters, with a property over each overridden parameter."""
 
-    from exapt.core.routing import run_rows
-
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slots = cast(Slots, self._modules["exapt"])
@@ -231,8 +228,6 @@ def swapped(base: type[nn.Module], overrides: tuple[str, ...], attention: bool) 
     for name in overrides:
         body[name] = _parameter_property(name)
     if attention and not issubclass(base, nn.MultiheadAttention):
-        from exapt.core.attention import config_property
-
         body["config"] = config_property()
     return type(base.__name__, (base,), body)
 
@@ -288,7 +283,5 @@ def refresh(module: nn.Module, slots: Slots) -> None:
         return
     slots.chain = slots.chain_of(slots.state.active)
     if slots.chain.prefixes and slots.config is None and "config" in module.__dict__:
-        from exapt.core.attention import prefixed_config
-
         slots.config = prefixed_config(module)
     _wear(module, swapped(slots.base_class, slots.chain.overrides, bool(slots.chain.prefixes)))  # type: ignore[arg-type]
