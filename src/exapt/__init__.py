@@ -10,8 +10,8 @@ from exapt import methods as _methods
 from exapt.core import __version__
 from exapt.core.attach import attach, detach
 from exapt.core.calibrate import calibrate
-from exapt.core.components import Component, component
-from exapt.core.components import components as _noted
+from exapt.core.components import SOURCES as _SOURCES
+from exapt.core.components import Component, component, components
 from exapt.core.components import imported as _imported
 from exapt.core.components import places as _places
 from exapt.core.contract import (
@@ -21,8 +21,7 @@ from exapt.core.contract import (
 from exapt.core.errors import InputError
 from exapt.core.file import AdapterFile, fingerprint, read, save
 from exapt.core.merge import merge, merged, unmerge
-from exapt.core.objective import Objective
-from exapt.core.objective import objective as _objective
+from exapt.core.objective import Objective, objective
 from exapt.core.registry import _METHODS, method, methods, register
 from exapt.core.replicate import replicate, unreplicate
 from exapt.core.routing import parallel, routed
@@ -43,28 +42,14 @@ def _folders() -> dict[Path, str]:
     return {Path(__file__).parent / room: f"exapt.{room}" for room in _ROOMS}
 
 
-def components(kind: str | None = None) -> dict[str, Component]:
-    """Returns everything in the catalogue but the methods: detectors, weights, estimators, objectives, test-time methods; of one kind if given.
-
-    >>> components("test-time")["tent"].name
-    'Tent'
-    """
-    for folder, package in _folders().items():
-        _imported(folder, package)
-    return _noted(kind)
+def _source(kind: str | None) -> None:
+    """Imports what holds components of a kind; statistics need scikit-learn, which those that train or adapt do not."""
+    rooms = {"objective": ("objectives",), "test-time": ("online",), "guard": ("online",)}
+    for room in rooms.get(kind or "", _ROOMS):
+        _imported(Path(__file__).parent / room, f"exapt.{room}")
 
 
-def objective(key: str, **fields: Any) -> Objective:
-    """Returns an objective by its key.
-
-    Raises:
-        InputError: for a key or field that does not exist.
-
-    >>> objective("coral", weight=0.5)
-    CORAL(weight=0.5)
-    """
-    components("objective")
-    return _objective(key, **fields)
+_SOURCES.append(_source)
 
 
 def __getattr__(name: str) -> Any:

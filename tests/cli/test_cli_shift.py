@@ -23,8 +23,8 @@ from torch import Tensor
 import exapt
 from exapt.cli.feed import Folder, Reader, inputs_of, lines, stem
 from exapt.cli.models import load_model
-from exapt.cli.watch import Answers, roll_back
-from exapt.loop import Decision, Outcome, records
+from exapt.cli.watch import Answers
+from exapt.loop import Decision, Outcome, records, rollback
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = """
@@ -251,7 +251,7 @@ def test_rollback_of_what_is_not_there(place: Path) -> None:
     assert done.code == 0, done.err
     assert "there is no decision 7" in run("rollback", "s.db", "7").complaint
     assert "belongs to policy" in run("watch", MODEL, "one.npy", "--reference", "reference.npz", "--store", "s.db", "--once").complaint
-    assert roll_back(place / "s.db", 1)["id"] == 2
+    assert rollback(place / "s.db", 1).id == 2
 
 
 def outcome(key: str, n: int) -> Outcome:

@@ -207,7 +207,7 @@ def test_the_inner_objective_sees_mixed_rows() -> None:
         return seen(torch.ones(3, 2), torch.ones(3, 2))
 
     outer = GenericMixup(inner=DANN(hidden=4), ratio=0.75)
-    mixed = outer.mixed(step(s, s, run=run))
+    mixed = outer.seen_by_inner(step(s, s, run=run))
     torch.testing.assert_close(noted[0], 0.75 * x + 0.25 * edge_translation(x))
     assert mixed.s.labels is s.labels
     assert torch.equal(mixed.s.index, s.index)

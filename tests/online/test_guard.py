@@ -153,6 +153,17 @@ def test_without_a_reference(trained: nn.Module) -> None:
     assert "guard/root" not in o.host.memory
 
 
+def test_a_model_in_training_mode_keeps_its_buffers(trained: nn.Module) -> None:
+    model = copy.deepcopy(trained).train()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    o = exapt.online(model, exapt.BatchStatistics(), exapt.Guard(rows=40), reference=REFERENCE)
+    for x, _ in STREAMS["dark"][:2]:
+        o(x)
+    o.close()
+    assert model.training
+    assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
+
+
 def test_bad_input(trained: nn.Module) -> None:
     with pytest.raises(exapt.InputError, match="the reference has 10 rows; give at least 20, or none"):
         exapt.online(copy.deepcopy(trained), exapt.BatchStatistics(), exapt.Guard(), reference=[images(10, 0)])

@@ -96,6 +96,27 @@ def test_what_an_objective_sees() -> None:
     assert LOG[-1] == 7
 
 
+def test_frozen_passes_of_a_whole_model_do_not_move_its_batch_norms() -> None:
+    noted: list[torch.Tensor] = []
+
+    @dataclass(frozen=True)
+    class Still(Objective):
+        setting = "source"
+
+        def loss(self, s: Step) -> torch.Tensor:
+            with s.frozen(), torch.no_grad():
+                s.run(s.s.batch)
+            with s.frozen():
+                noted.append(normed[1].running_mean.clone())
+            return task_loss(s.s)
+
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    exapt.fit(normed, ImageClassification(LABELS), source=images(24), objective=Still(), config=config(steps=4))
+    assert len(noted) == 4
+    assert all(torch.equal(n, torch.zeros(6)) for n in noted)
+
+
 @pytest.mark.parametrize("objective", [DANN(hidden=4), CORAL()])
 def test_resuming_is_bit_exact(tmp_path: Path, objective: Objective) -> None:
     def run(folder: Path, steps: int, resume: bool) -> dict[str, torch.Tensor]:

@@ -140,10 +140,13 @@ def rollback(store: Path, decision: int, /, *, json: bool = False) -> None:
         decision: Its number, as the lines and the page say it.
         json: Print the new decision as JSON.
     """
-    from exapt.cli.show import print_json
-    from exapt.cli.watch import line_of, roll_back
+    from dataclasses import asdict
 
-    found = roll_back(store, decision)
+    from exapt.cli.show import print_json
+    from exapt.cli.watch import line_of
+    from exapt.loop import rollback as undone
+
+    found = asdict(undone(store, decision))
     if json:
         print_json(found)
     else:

@@ -311,39 +311,6 @@ def watch_stream(made: Setup, source: str, store: Path, answers: Answers, *, onc
         raise InputError(f"{len(follower.left_out)} of the stream's files or batches were left out ({names}); the lines above say why")
 
 
-def roll_back(store: Path, number: int) -> dict[str, Any]:
-    """Undoes a decision in a store: what served before it serves from the next batch on. Needs no model.
-
-    Returns:
-        The new decision.
-
-    Raises:
-        InputError: if there is no such store or decision, or the store cannot be written.
-    """
-    from exapt.loop import Decision
-    from exapt.loop.store import Degraded, Store
-
-    if not store.is_file():
-        raise InputError(f"{store}: no such store; exapt watch makes one")
-    try:
-        opened = Store(store, {})
-    except Degraded as e:
-        raise InputError(f"rollback: {e}") from e
-    try:
-        version, state = opened.state()
-        found = opened.serving(number)
-        if found is None:
-            raise InputError(f"{store}: there is no decision {number}; there are {state.get('count', 0)}")
-        decision = Decision(state["count"] + 1, None, "rollback", f"decision {number} was undone at request", serving=list(found[0]))
-        state = {**state, "count": decision.id, "serving": list(found[0]), "promoted": decision.id, "prior": None}
-        opened.commit(version, state, asdict(decision), (list(found[1]), list(found[0])))
-        return asdict(decision)
-    except Degraded as e:
-        raise InputError(f"rollback: {e}") from e
-    finally:
-        opened.close()
-
-
 def adapt_once(made: Setup, source: Path, output: Path, seed: int) -> dict[str, Any]:
     """Adapts to the rows of a file, or of all files of a folder, and writes the adapter file if that is verified to help.
 

@@ -1,7 +1,7 @@
 """The catalogue of everything that is no parameter shift: statistics, objectives, test-time methods. One component, one file.
 
-``@component`` notes what a class or a function is; ``exapt components`` lists what was noted, after the packages that hold components
-were imported.
+``@component`` notes what a class or a function is. Packages that hold components give :data:`SOURCES` a function that imports them, so that
+the catalogue answers for all of them and this floor names none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from exapt.core.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 _COMPONENTS: dict[str, Component] = {}
+SOURCES: list[Callable[[str | None], None]] = []
+"""Called with a kind (``None``: all) before the catalogue answers for it."""
 _NOTED = re.compile(r"^@component\(\s*\"(\w+)\".*?^(?:class|def) (\w+)", re.MULTILINE | re.DOTALL)
 
 
@@ -112,7 +114,17 @@ def component(key: str, kind: str, paper: str = "", variants: Mapping[str, str] 
 
 
 def components(kind: str | None = None) -> dict[str, Component]:
-    """Returns what was noted so far, sorted by key; of one ``kind`` if given."""
+    """Returns everything in the catalogue but the methods, sorted by key: detectors, weights, estimators, objectives, test-time methods.
+
+    Args:
+        kind: Only what is of this kind.
+
+    >>> import exapt
+    >>> exapt.components("test-time")["tent"].name
+    'Tent'
+    """
+    for source in SOURCES:
+        source(kind)
     return {k: c for k, c in sorted(_COMPONENTS.items()) if kind in (None, c.kind)}
 
 

@@ -189,6 +189,59 @@ def objective(key: str, **fields: Any) -> Objective:
     return made
 
 
+class Around(Objective):
+    """An objective that changes what another one sees, or adds to it; subclass it with a field ``inner``, which may be its key.
+
+    All but the loss is the inner objective's, on the step that :meth:`seen_by_inner` gives.
+    """
+
+    inner: Objective | str | None = None
+
+    @property
+    def objective(self) -> Objective | None:
+        """The inner objective itself."""
+        return objective(self.inner) if isinstance(self.inner, str) else self.inner
+
+    def seen_by_inner(self, s: Step) -> Step:
+        """The step as the inner objective sees it."""
+        return s
+
+    @property
+    def taps(self) -> Where | None:
+        return None if self.objective is None else self.objective.taps
+
+    def parts(self, shapes: Shapes) -> nn.Module | None:
+        return None if self.objective is None else self.objective.parts(shapes)
+
+    def before_epoch(self, s: Step) -> None:
+        if self.objective is not None:
+            self.objective.before_epoch(self.seen_by_inner(s))
+
+    def after_step(self, s: Step) -> None:
+        if self.objective is not None:
+            self.objective.after_step(s)
+
+    def finish(self, s: Step) -> None:
+        if self.objective is not None:
+            self.objective.finish(s)
+
+
+class HeldOut(nn.Module):
+    """Which of the source's rows are held out for a choice: ``held`` (rows,), booleans.
+
+    >>> int(HeldOut(10, 0.3, 0).held.sum())
+    3
+    """
+
+    held: Tensor
+
+    def __init__(self, rows: int, share: float, seed: int) -> None:
+        super().__init__()
+        held = torch.zeros(rows, dtype=torch.bool)
+        held[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[: max(1, round(share * rows))]] = True
+        self.register_buffer("held", held)
+
+
 class _Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:

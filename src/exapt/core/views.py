@@ -56,12 +56,9 @@ class Viewer:
 
     def places(self, where: Where) -> list[tuple[str, nn.Module]]:
         """Names and modules of the sites that ``where`` chooses."""
-        key = where if isinstance(where, str) else None
-        if key is None or key not in self._known:
-            found = [(s.name, s.module) for s in choose(sites(self.model), where, lambda s: s.source is None)]
-            if key is None:
-                return found
-            self._known[key] = found
+        key = tuple(where) if isinstance(where, list) else where
+        if key not in self._known:
+            self._known[key] = [(s.name, s.module) for s in choose(sites(self.model), where, lambda s: s.source is None)]
         return self._known[key]
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exapt.core.attach import attach
-from exapt.core.components import component_of, imported
+from exapt.core.components import component_of
 from exapt.core.errors import InputError
 from exapt.core.file import holders, load, save
 from exapt.core.layers import walk
@@ -140,7 +139,6 @@ def _is_batch_norm(site: Any) -> bool:
 def test_time(bench: Bench, name: str, key: str) -> dict[str, Any]:
     """Lets a test-time method adapt on the rows, and keeps its parameter space; batch norms get the rows' statistics by a remedy of their own."""
     runner, policy, ref = bench.runner, bench.policy, bench.reference
-    known("online")
     method = component_of(key, "test-time")()
     if method.space() is None:
         raise InputError(f"{key} keeps nothing in parameters that could be put on as an adapter; use exapt.online for it")
@@ -166,7 +164,6 @@ def objective(bench: Bench, name: str, key: str) -> dict[str, Any]:
     """Trains ``policy.method`` under an objective, on the reference as the labelled source and the rows as the unlabelled target."""
     from exapt.loop.fitting import fitted  # training is imported when it is wanted
 
-    known("objectives")
     if bench.runner.user:
         raise InputError(f"{key}: training on top of other active adapters is not done; merge them first")
     config = {"steps": bench.policy.steps, "batch_size": bench.policy.batch, "seed": bench.seed}
@@ -185,12 +182,6 @@ def generators() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@functools.cache
-def known(room: str) -> None:
-    """Imports the components of a package, so that they are found by key."""
-    imported(Path(__file__).parents[1] / room, f"exapt.{room}")
 
 
 def has_batch_norm(model: nn.Module) -> bool:

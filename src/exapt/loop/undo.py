@@ -24,7 +24,7 @@ def rollback(store: str | Path, number: int) -> Decision:
     """
     path = Path(store)
     if not path.is_file():
-        raise InputError(f"{path}: no such store")
+        raise InputError(f"{path}: no such store; exapt watch makes one")
     try:
         held = Store(path, {})
     except Degraded as e:

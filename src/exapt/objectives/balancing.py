@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from exapt.core.components import component
 from exapt.core.errors import InputError
-from exapt.core.objective import Objective, Seen, Shapes, Step, objective, task_loss
-from exapt.core.sites import Where
+from exapt.core.objective import Around, Objective, Seen, Step, task_loss
 
 
 def edge_translation(x: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def edge_translation(x: Tensor) -> Tensor:
 
 @component("generic_mixup", kind="objective", paper="Balancing Discriminability and Transferability for Source-Free Domain Adaptation")
 @dataclass(frozen=True)
-class GenericMixup(Objective):
+class GenericMixup(Around):
     r"""Any objective on inputs mixed with a generic domain's: :math:`x_m = \lambda x + (1 - \lambda) g(x)`, :math:`g` the edges of the image.
 
     Without an inner objective it is the training on the source; around a source-free one (SHOT) it is the adaptation, on mixed target rows. The passes
@@ -68,18 +67,6 @@ class GenericMixup(Objective):
             for name in ("setting", "needs_features", "part_rate"):
                 object.__setattr__(self, name, getattr(self.objective, name))
 
-    @property
-    def objective(self) -> Objective | None:
-        """The inner objective itself."""
-        return objective(self.inner) if isinstance(self.inner, str) else self.inner
-
-    @property
-    def taps(self) -> Where | None:
-        return None if self.objective is None else self.objective.taps
-
-    def parts(self, shapes: Shapes) -> nn.Module | None:
-        return None if self.objective is None else self.objective.parts(shapes)
-
     def _seen(self, s: Step, seen: Seen | None) -> Seen | None:
         if seen is None:
             return None
@@ -89,8 +76,7 @@ class GenericMixup(Objective):
         mixed = s.run({**seen.batch, "inputs": self.ratio * x + (1 - self.ratio) * edge_translation(x)})
         return dataclasses.replace(mixed, labels=seen.labels, domains=seen.domains, index=seen.index)
 
-    def mixed(self, s: Step) -> Step:
-        """The step as the inner objective sees it."""
+    def seen_by_inner(self, s: Step) -> Step:
         sources, targets = s.sources, s.targets
         return dataclasses.replace(
             s, source=self._seen(s, s.source), target=self._seen(s, s.target),
@@ -98,21 +84,9 @@ class GenericMixup(Objective):
         )  # fmt: skip
 
     def loss(self, s: Step) -> Tensor:
-        inner, s = self.objective, self.mixed(s)
+        inner, s = self.objective, self.seen_by_inner(s)
         return task_loss(s.s) if inner is None else inner.loss(s)
 
     def update(self, s: Step) -> Tensor:
         inner = self.objective
-        return super().update(s) if inner is None else inner.update(self.mixed(s))
-
-    def before_epoch(self, s: Step) -> None:
-        if self.objective is not None:
-            self.objective.before_epoch(self.mixed(s))
-
-    def after_step(self, s: Step) -> None:
-        if self.objective is not None:
-            self.objective.after_step(s)
-
-    def finish(self, s: Step) -> None:
-        if self.objective is not None:
-            self.objective.finish(s)
+        return super().update(s) if inner is None else inner.update(self.seen_by_inner(s))

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from exapt.core.components import component
 from exapt.core.errors import InputError
-from exapt.core.objective import Objective, Shapes, Step, objective, task_loss
-from exapt.core.sites import Where
+from exapt.core.objective import Around, Objective, Step, task_loss
 
 
 def spectral_penalty(h_s: Tensor, h_t: Tensor, k: int = 1) -> Tensor:
@@ -30,7 +29,7 @@ def spectral_penalty(h_s: Tensor, h_t: Tensor, k: int = 1) -> Tensor:
 
 @component("bsp", kind="objective", paper="Transferability vs. Discriminability: Batch Spectral Penalization for Adversarial Domain Adaptation")
 @dataclass(frozen=True)
-class BSP(Objective):
+class BSP(Around):
     r"""Keeps the largest singular values of the features small, beside another objective.
 
     :math:`\mathcal{L} + \beta \sum_{i \le k} (\sigma_{s,i}^2 + \sigma_{t,i}^2)`.
@@ -59,30 +58,6 @@ class BSP(Objective):
         if inner is not None and (inner.setting != "adaptation" or type(inner).update is not Objective.update):
             raise InputError(f"BSP penalises an objective of source and target with one loss; {type(inner).__name__} is none")
 
-    @property
-    def objective(self) -> Objective | None:
-        """The inner objective itself."""
-        return objective(self.inner) if isinstance(self.inner, str) else self.inner
-
-    @property
-    def taps(self) -> Where | None:
-        return None if self.objective is None else self.objective.taps
-
-    def parts(self, shapes: Shapes) -> nn.Module | None:
-        return None if self.objective is None else self.objective.parts(shapes)
-
     def loss(self, s: Step) -> Tensor:
         inner = task_loss(s.s) if self.objective is None else self.objective.loss(s)
         return inner + self.weight * spectral_penalty(s.s.h, s.t.h, self.k)
-
-    def before_epoch(self, s: Step) -> None:
-        if self.objective is not None:
-            self.objective.before_epoch(s)
-
-    def after_step(self, s: Step) -> None:
-        if self.objective is not None:
-            self.objective.after_step(s)
-
-    def finish(self, s: Step) -> None:
-        if self.objective is not None:
-            self.objective.finish(s)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from exapt.core.components import component
 from exapt.core.errors import InputError
-from exapt.core.objective import Objective, Shapes, Step, task_loss
+from exapt.core.objective import HeldOut, Objective, Shapes, Step, task_loss
 
 
 def loss_valley(losses: Sequence[float], n_start: int = 3, n_end: int = 6, ratio: float = 1.3) -> tuple[int | None, int | None]:
@@ -38,15 +38,6 @@ def loss_valley(losses: Sequence[float], n_start: int = 3, n_end: int = 6, ratio
         end = next(dead, None)
         return t - n_start + 1, None if end is None else end - n_end
     return None, None
-
-
-class _HeldOut(nn.Module):
-    def __init__(self, rows: int, share: float, seed: int) -> None:
-        super().__init__()
-        held = torch.zeros(rows, dtype=torch.bool)
-        held[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[: max(1, round(share * rows))]] = True
-        self.held: Tensor
-        self.register_buffer("held", held)
 
 
 @component("swad", kind="objective", paper="SWAD: Domain Generalization by Seeking Flat Minima")
@@ -92,10 +83,10 @@ class SWAD(Objective):
             raise InputError("swad: every, n_start and n_end are at least 1, held_out lies between 0 and 1")
 
     def parts(self, shapes: Shapes) -> nn.Module:
-        return _HeldOut(shapes.source_rows, self.held_out, self.seed)
+        return HeldOut(shapes.source_rows, self.held_out, self.seed)
 
     def _held(self, s: Step) -> Tensor:
-        assert isinstance(s.parts, _HeldOut)
+        assert isinstance(s.parts, HeldOut)
         return s.parts.held
 
     def loss(self, s: Step) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from exapt.core.components import component
 from exapt.core.errors import InputError
-from exapt.core.objective import Objective, Shapes, Step, task_loss
+from exapt.core.objective import HeldOut, Objective, Shapes, Step, task_loss
 
 
 def interpolated(before: Mapping[str, Tensor], after: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -19,15 +19,6 @@ def interpolated(before: Mapping[str, Tensor], after: Mapping[str, Tensor], alph
     {'w': tensor([0.2500, 0.2500])}
     """
     return {k: torch.lerp(before[k], t, alpha) for k, t in after.items()}
-
-
-class _HeldOut(nn.Module):
-    def __init__(self, rows: int, share: float, seed: int) -> None:
-        super().__init__()
-        held = torch.zeros(rows, dtype=torch.bool)
-        held[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[: max(1, round(share * rows))]] = True
-        self.held: Tensor
-        self.register_buffer("held", held)
 
 
 @component("wise", kind="objective", paper="Robust fine-tuning of zero-shot models")
@@ -68,14 +59,14 @@ class WiSE(Objective):
             raise InputError("wise.alphas lie in [0, 1], at least one, and held_out between 0 and 1")
 
     def parts(self, shapes: Shapes) -> nn.Module | None:
-        return _HeldOut(shapes.source_rows, self.held_out, self.seed) if len(self.alphas) > 1 else None
+        return HeldOut(shapes.source_rows, self.held_out, self.seed) if len(self.alphas) > 1 else None
 
     def before_epoch(self, s: Step) -> None:
         if not any(k.startswith("start/") for k in s.memory):
             s.memory.update({f"start/{k}": t.detach().clone() for k, t in s.parameters.items()})
 
     def loss(self, s: Step) -> Tensor:
-        return task_loss(s.s, (~s.parts.held[s.s.index]).float()) if isinstance(s.parts, _HeldOut) else task_loss(s.s)
+        return task_loss(s.s, (~s.parts.held[s.s.index]).float()) if isinstance(s.parts, HeldOut) else task_loss(s.s)
 
     def finish(self, s: Step) -> None:
         before = {k: s.memory[f"start/{k}"] for k in s.parameters}
@@ -90,7 +81,7 @@ class WiSE(Objective):
 
     def _validation(self, s: Step, tensors: Mapping[str, Tensor]) -> float:
         _put(s, tensors)
-        assert isinstance(s.parts, _HeldOut)
+        assert isinstance(s.parts, HeldOut)
         total, count = 0.0, 0
         for seen in s.sources():
             rows = s.parts.held[seen.index]

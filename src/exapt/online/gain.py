@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from exapt.online.method import Batch, Host
 
+Adapted = Callable[[Host, Batch], Tensor]
 STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.8)
 CLASSES = (1, 2, 3, 5)
 KINDS = ("noise", "light")
@@ -38,7 +39,7 @@ def signals(frozen: Tensor, adapted: Tensor, distance: Tensor) -> Tensor:
     return torch.stack([*sure, distance.double().clamp_min(1e-12).log(), agreement, *spread])
 
 
-def learned(host: Host, size: int, adapted: Callable[[Host, Batch], Tensor], distance: Callable[[Tensor], Tensor]) -> dict[str, Tensor] | None:
+def learned(host: Host, size: int, adapted: Adapted, distance: Callable[[Tensor], Tensor]) -> dict[str, Tensor] | None:
     """Fits the gain in accuracy of ``adapted`` over the frozen model on simulated batches of the reference.
 
     The shifts are noise, and less contrast with another mean, of several strengths on the inputs (tokens: replaced by others of the reference), and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from exapt.core.components import component
 from exapt.core.errors import InputError
-from exapt.online.gain import LEAST_ROWS, averaging, halves, learned, predicted, signals
-from exapt.online.method import Batch, Host, Pass, TestTime, entropy
+from exapt.online.gain import LEAST_ROWS, Adapted, averaging, halves, learned, predicted, signals
+from exapt.online.method import Batch, Host, Pass, entropy
 
 _LEAST = 20
 
@@ -59,7 +58,7 @@ class Guard:
     collapse: float = 0.5
     drop: float = 0.05
 
-    def start(self, host: Host, method: TestTime) -> None:
+    def start(self, host: Host) -> None:
         """Fits the classes' Gaussians of the frozen model's features.
 
         Raises:
@@ -84,13 +83,13 @@ class Guard:
         spread = centred.T @ centred / len(h)
         spread += 0.05 * spread.diagonal().mean().clamp_min(1e-12) * torch.eye(len(spread), dtype=h.dtype, device=h.device)
         root = torch.linalg.inv(torch.linalg.cholesky(spread))
-        host.memory |= {"guard/root": root, "guard/means": means @ root.T, "guard/trains": torch.tensor(bool(host.parameters and host.statistics))}
+        host.memory |= {"guard/root": root, "guard/means": means @ root.T}
 
     def distance(self, host: Host, h: Tensor) -> Tensor:
         """Median distance of features (n, d) to the nearest class of the reference."""
         return torch.cdist(h.double() @ host.memory["guard/root"].T, host.memory["guard/means"]).min(-1).values.median()
 
-    def judge(self, host: Host, batch: Batch, still: Pass, logits: Tensor, restart: Mapping[str, object]) -> Verdict:
+    def judge(self, host: Host, batch: Batch, still: Pass, logits: Tensor, adapted: Adapted) -> Verdict:
         """Returns the verdict on one batch.
 
         Args:
@@ -98,7 +97,7 @@ class Guard:
             batch: The batch.
             still: What the frozen model says.
             logits: What the adapted model says.
-            restart: ``restart["adapted"]``: a function of host and batch that gives the method's own logits from its first state.
+            adapted: Gives the method's own logits on a batch from its first state.
         """
         if len(logits) == 0:
             return Verdict(logits)
@@ -110,7 +109,7 @@ class Guard:
             plain = logits
         subject = plain if statistics else logits
         host.notes |= {"confidence": float(still.p.max(-1).values.mean()), "confidence_adapted": float(logits.softmax(-1).max(-1).values.mean())}
-        gain, least = self._gain(host, batch, still, subject, n, restart)
+        gain, least = self._gain(host, batch, still, subject, n, adapted)
         host.notes |= {"predicted_gain": gain}
         if gain <= least:
             return Verdict(still.logits, "rollback", f"predicted gain {gain:+.3f} is not above {least:.3f}: the frozen model answers")
@@ -127,9 +126,9 @@ class Guard:
         said = f"the mean prediction has lost {lost:.2f} nats of entropy" if lost > self.collapse else f"agreement has fallen to {float(agreement):.2f}"
         return Verdict(subject if statistics else still.logits, "reset", said)
 
-    def _gain(self, host: Host, batch: Batch, still: Pass, subject: Tensor, n: int, restart: Mapping[str, object]) -> tuple[float, float]:
+    def _gain(self, host: Host, batch: Batch, still: Pass, subject: Tensor, n: int, adapted: Adapted) -> tuple[float, float]:
         """The predicted gain of the subject over the frozen model, and what it must exceed."""
-        model = self._model(host, batch, restart) if "guard/root" in host.memory and still.features is not None else None
+        model = self._model(host, batch, adapted) if "guard/root" in host.memory and still.features is not None else None
         if model is None:
             sure = [self._average(host, k, z.softmax(-1).max(-1).values.double().mean(), n) for k, z in (("frozen", still.logits), ("subject", subject))]
             return float(sure[1] - sure[0]), -self.drop
@@ -140,11 +139,11 @@ class Guard:
         x = self._average(host, "signals", now, n)
         return predicted(model, x), self.margin * float(model["error"])
 
-    def _model(self, host: Host, batch: Batch, restart: Mapping[str, object]) -> dict[str, Tensor] | None:
+    def _model(self, host: Host, batch: Batch, adapted: Adapted) -> dict[str, Tensor] | None:
         """The regression for batches of this size, learned when the first of them comes."""
         key = f"guard/gain_{min(len(batch), 64)}"
         if f"{key}/error" not in host.memory:
-            found = learned(host, len(batch), restart["adapted"], lambda h: self.distance(host, h))  # type: ignore[arg-type]
+            found = learned(host, len(batch), adapted, lambda h: self.distance(host, h))
             host.memory.update({f"{key}/{k}": v for k, v in (found or {"error": torch.tensor(float("nan"))}).items()})
         kept = host.kept(key)
         return None if bool(kept["error"].isnan()) else kept

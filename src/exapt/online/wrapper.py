@@ -71,8 +71,8 @@ class Online(nn.Module):
         self.host.optimizer = self.method.optimizer(list(self.host.parameters.values())) if self.host.parameters else None
         with evaluating(self.model):
             self.method.start(self.host)
-        if self.guard is not None:
-            self.guard.start(self.host, self.method)
+            if self.guard is not None:
+                self.guard.start(self.host)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adapts on the batch and returns what the model returns, with the adapted logits, without gradient."""
@@ -114,7 +114,7 @@ class Online(nn.Module):
 
     def _guarded(self, batch: Batch, still: Pass, logits: Tensor, before: Snapshot, notes: dict[str, Any]) -> Tensor:
         """The logits that the guard lets out, after what it decided."""
-        verdict = self.guard.judge(self.host, batch, still, logits, {"adapted": self._from_the_start})
+        verdict = self.guard.judge(self.host, batch, still, logits, self._from_the_start)
         notes |= {"action": verdict.action, "reason": verdict.reason, "agreement": float((still.logits.argmax(-1) == logits.argmax(-1)).float().mean())}
         if verdict.action in ("rollback", "reset"):
             kept = {k: t for k, t in self.host.memory.items() if k.startswith("guard/")}
@@ -124,8 +124,8 @@ class Online(nn.Module):
 
     def _from_the_start(self, host: Host, batch: Batch) -> Tensor:
         """What the method says of a batch in its first state: with the statistics alone where there are some, else after its own step."""
-        with host.values(host.source):
-            if host.statistics:
+        if host.statistics:
+            with host.values(host.source):
                 return host.run(batch).logits
         now, notes = self._taken(), dict(host.notes)
         self._put(self._first)

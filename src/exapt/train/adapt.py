@@ -48,6 +48,10 @@ class Domains(Sequence[Any]):
         """Which domain row ``i`` is of."""
         return next(d for d, end in enumerate(self.starts[1:]) if i < end)
 
+    def of(self, index: Tensor) -> Tensor:
+        """Which domain each row is of, int64: :meth:`domain` for as many rows as an image has pixels."""
+        return torch.bucketize(index, torch.tensor(self.starts[1:-1], device=index.device), right=True)
+
     def __getitem__(self, i: Any) -> Any:
         d = self.domain(range(len(self))[i])
         return self.parts[d][range(len(self))[i] - self.starts[d]]
@@ -160,9 +164,7 @@ class ObjectiveLoop(Loop):
             index = index.view(-1, *[1] * (full.dim() - 1)).expand(full.shape)[full]
             labels = None if labels is None else labels[full]
         data = self.source.data
-        domains = (
-            torch.tensor([data.domain(i) for i in index.tolist()], device=logits.device) if isinstance(data, Domains) and label else torch.zeros_like(index)
-        )
+        domains = data.of(index) if isinstance(data, Domains) and label else torch.zeros_like(index)
         return Seen(logits, features, labels, domains, index, batch, view.taps)
 
     def _head(self, h: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ class ObjectiveLoop(Loop):
         now = {k: t.data for k, t in tracked(self.model).items()}
         try:
             for k, t in tracked(self.model).items():
-                t.data = self.original[k]
+                t.data = self.original[k] if isinstance(t, nn.Parameter) else self.original[k].clone()  # batch norms in training mode write theirs
             yield
         finally:
             for k, t in tracked(self.model).items():

@@ -163,7 +163,7 @@ def fit(
     model.eval()
     metrics = loop.best if config.patience is not None else loop.last
     _write(model, config, name, metrics, loop, task)
-    parts = getattr(loop, "parts", None)
+    parts = loop.parts if isinstance(loop, ObjectiveLoop) else None
     return FitResult(model, metrics, loop.log.history, time.perf_counter() - started, loop.step, peak.bytes, config.folder, stopped, parts)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from exapt.core.resources import resident
 
-__all__ = ["Peak", "resident"]
 _INTERVAL = 0.01
 
 
