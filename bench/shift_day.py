@@ -14,6 +14,7 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,27 @@ from exapt.shift.simulate.streams import Stream, day_long
 
 HERE = Path(__file__).resolve().parent
 DOMAINS = ("clean", "shot_noise", "motion_blur", "snow", "pixelate")
-SEVERITY, SEGMENTS, BATCHES, BATCH, REFERENCE, IMAGES = 5, 6, 32, 50, 1000, 600
+SEVERITY, SEGMENTS, BATCHES, BATCH, REFERENCE = 5, 6, 32, 50, 1000
 POLICIES = ("never", "norm", "loop", "tent")
 RUNS = 200
 
 
 class Day:
-    """One seed's reference, images and stream."""
+    """One seed's reference and stream, of all other images: with few of them a segment would be a shift from their population."""
 
     def __init__(self, seed: int) -> None:
         data, order = cifar10(), np.random.default_rng(seed).permutation(10_000)
-        held, chosen = order[:REFERENCE], order[REFERENCE : REFERENCE + IMAGES]
+        held, rest = order[:REFERENCE], order[REFERENCE:]
+        self.seed, self.pictures, self.labels = seed, data.x[rest], data.y[rest]
         self.reference = (cifar_input(data.x[held]), torch.as_tensor(data.y[held]).long())
-        self.labels = data.y[chosen]
         self.stream: Stream = day_long(self.labels, DOMAINS, SEGMENTS, BATCHES, BATCH, seed=seed)
-        self.images = [cifar_input(data.x[chosen] if n == "clean" else corrupt(data.x[chosen], n, SEVERITY, seed)) for n in DOMAINS]
 
-    def batches(self) -> list[tuple[Tensor, np.ndarray, str, int]]:
-        """Inputs, labels, true type and segment of every batch."""
-        found = []
+    def batches(self) -> Iterator[tuple[Tensor, np.ndarray, str, int]]:
+        """Inputs, labels, true type and segment of every batch; of one domain each."""
         for b in self.stream:
-            x = torch.stack([self.images[d][i] for i, d in zip(b.index.tolist(), b.domain.tolist(), strict=True)])
-            found.append((x, self.labels[b.index], b.kind or "none", b.segment))
-        return found
+            name, pictures = DOMAINS[int(b.domain[0])], self.pictures[b.index]
+            seen = pictures if name == "clean" else corrupt(pictures, name, SEVERITY, np.random.default_rng([self.seed, int(b.index[0])]))
+            yield cifar_input(seen), self.labels[b.index], b.kind or "none", b.segment
 
 
 def looped(model: torch.nn.Module, day: Day, seed: int) -> dict[str, Any]:

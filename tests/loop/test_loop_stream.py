@@ -247,3 +247,36 @@ def test_a_return_to_normal_is_seen_without_an_alarm(tmp_path: Path, recheck: bo
         assert next(d for d in back if d.kind == "none").action == "revert"
         assert back[-1].serving == []
     loop.close()
+
+
+def test_a_head_that_is_named_like_a_role(tmp_path: Path) -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            base = net()
+            self.conv1, self.bn1, self.conv2, self.bn2, self.linear = base.conv1, base.bn1, base.conv2, base.bn2, base.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.bn1(self.conv1(x)).relu()
+            return self.linear(self.bn2(self.conv2(h)).relu().flatten(1))
+
+    loop = Loop(Named().eval(), reference(), POLICY, tmp_path / "a.db")
+    d = decided(fed(loop, "label", 8)[0])
+    assert [c.get("error") for c in d.candidates if c["name"] == "prior_correction"] == [None]
+    loop.close()
+
+
+def test_what_was_not_remedied_is_looked_at_again(loop: Loop) -> None:
+    found, _ = fed(loop, "novel", 8)
+    assert decided(found).action in ("ask", "keep")
+    later, _ = fed(loop, "bright", 14)
+    assert later[-1].serving, "rows of another shift after one that had no remedy must be remedied"
+
+
+def test_the_state_does_not_grow_with_the_stream(loop: Loop) -> None:
+    import json
+
+    fed(loop, "none", 4)
+    before = len(json.dumps(loop.watch.state()))
+    fed(loop, "none", 12, start=4)
+    assert len(json.dumps(loop.watch.state())) < 2 * before

@@ -242,6 +242,7 @@ class _Round:
             one.twin, one.right = twin, None if right is None else right * weights / weights.mean()
             predicted = own.proba.argmax(1)
             served = predicted if not judged else served
+            one.differs = float((predicted != served).mean())
             with_labels(one, predicted, served, self.truth, self.policy)
             judged.append(one)
         return judged
@@ -281,5 +282,5 @@ def gain(one: Judged, serving: Judged, rows: int) -> tuple[float, float]:
     if one.right is not None and serving.right is not None:
         each = one.right - serving.right
         return float(each.mean()), float(each.std() / np.sqrt(len(each)))
-    a, b = one.estimate.value, serving.estimate.value
-    return a - b, float(np.sqrt((a * (1 - a) + b * (1 - b)) / rows))
+    found = one.estimate.value - serving.estimate.value  # only a row on which they differ can be right for one and wrong for the other
+    return found, float(np.sqrt(max(one.differs - found**2, 0) / rows))

@@ -83,11 +83,15 @@ class Now:
     twin: Tensor | None = None
     prior: list[float] | None = None
     promoted: int = 0
+    kind: str = "none"
+    used: int = 0
+    found: str = "none"
     held: tuple[Held, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON, without the rows."""
-        return {"count": self.count, "phase": self.phase, "serving": list(self.serving), "prior": self.prior, "promoted": self.promoted}
+        own = {"prior": self.prior, "promoted": self.promoted, "kind": self.kind, "used": self.used, "found": self.found}
+        return {"count": self.count, "phase": self.phase, "serving": list(self.serving), **own}
 
 
 def twin_key(names: Names) -> str:

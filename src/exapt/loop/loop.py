@@ -29,6 +29,7 @@ from exapt.loop.watch import Watch
 from exapt.online.method import Batch
 
 log = logging.getLogger("exapt.loop")
+_KEPT = 4  # times the rows of a policy are kept, so that what serves can be made anew of more of them
 _OWN = re.compile(r"loop\d+c\d+s\d+(_probe)?")
 
 
@@ -227,18 +228,27 @@ class Loop:
         decision.estimate = self._estimated(batch, good)
         if now.phase == "collect":
             return self._collected(decision)
-        spare = sum(len(h.ids) for h in now.held)
-        while spare - len(now.held[0].ids) >= self.policy.rows:
-            spare -= len(now.held[0].ids)
+        while sum(len(h.ids) for h in now.held[1:]) >= _KEPT * self.policy.rows:
             now.held = now.held[1:]
-        again = now.serving and self.policy.recheck and spare >= self.policy.rows and (decision.id - now.promoted) % len(now.held) == 0
-        return self._rechecked(decision) if again else None
+        return self._rechecked(decision) if now.kind != "none" and self.policy.recheck else None
 
     def _rechecked(self, decision: Decision) -> Verdict | None:
-        """Goes back to the frozen model where nothing is left of the shift: an alarm against a few rows takes long to see that."""
-        frozen = self.runner([h.batch for h in self.now.held])
-        found = None if self.lab.diagnosis is None else self.lab.diagnosis.diagnose(frozen.features, frozen.proba)
-        return self._collected(decision) if found is not None and found.kind == "none" else None
+        """Decides anew where the last rows show another kind of shift than what serves was made for (an alarm against the few rows that began to
+        differ takes long to see that), or where there are twice as many rows as were decided on."""
+        now, counts = self.now, np.cumsum([len(h.ids) for h in reversed(self.now.held)])
+        if self.lab.diagnosis is None or counts[-1] < self.policy.rows:
+            return None
+        last = now.held[-1 - int(np.searchsorted(counts, self.policy.rows)) :]
+        frozen = self.runner([h.batch for h in last])
+        found = self.lab.diagnosis.diagnose(frozen.features, frozen.proba).kind
+        before, now.found = now.found, found
+        if found != now.kind and not ("covariate" in found and "covariate" in now.kind):
+            if found != before:  # the rows may be of both sides of a change; the next batch tells
+                return None
+            now.held = last
+            return self._collected(decision)
+        enough = now.used < _KEPT * self.policy.rows and counts[-1] >= min(2 * now.used, _KEPT * self.policy.rows)
+        return self._collected(decision) if enough else None
 
     def _collected(self, decision: Decision) -> Verdict | None:
         now, count = self.now, sum(len(h.ids) for h in self.now.held)
@@ -258,6 +268,7 @@ class Loop:
             now.promoted = decision.id
         now.serving, now.twin, now.phase = verdict.names, verdict.twin, "watch"
         now.prior = None if verdict.kind == "none" else verdict.prior
+        now.kind, now.used, now.found = verdict.kind, count, verdict.kind
         self.runner.activate(now.serving)
         # what the stream is like now is the normal that the next shift is told from, a return to the source included
         self.watch.start(None if verdict.kind == "none" else self.runner([h.batch for h in now.held]))
@@ -308,7 +319,18 @@ class Loop:
         if not state:
             return
         serving: Names = tuple(state["serving"])
-        self.now = Now(version, state["count"], state["phase"], serving, self._twin_of(store, serving), state["prior"], state["promoted"])
+        self.now = Now(
+            version,
+            state["count"],
+            state["phase"],
+            serving,
+            self._twin_of(store, serving),
+            state["prior"],
+            state["promoted"],
+            state["kind"],
+            state["used"],
+            state["found"],
+        )
         self.now.held = tuple(held_from(number, key, data, self.runner.device) for number, key, data in store.buffer())
         for name in self.now.serving:
             from_bytes(self.runner, name, store.adapter(name))

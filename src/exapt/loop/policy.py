@@ -18,8 +18,9 @@ class Policy:
     Args:
         alpha: Probability of ever a false alarm between two decisions, at most.
         level: Significance of the diagnosis, and one less the coverage of the intervals.
-        rows: Rows gathered after an alarm before they are diagnosed; so many recent rows are kept.
-        recheck: While an adapter serves, diagnose so many recent rows again and again, and go back to the frozen model where they are like the reference.
+        rows: Rows gathered after an alarm before they are diagnosed; four times as many recent rows are kept.
+        recheck: While an adapter serves, diagnose so many recent rows with every batch and decide anew where they show another kind of shift, and
+            again when there are twice and four times as many rows to adapt to.
         verify: Share of them that no remedy sees, by which remedies are judged.
         margin: By how much a candidate's estimated accuracy must exceed that of what serves.
         errors: How many standard errors the gain must be, besides.
@@ -49,7 +50,7 @@ class Policy:
 
     alpha: float = 0.05
     level: float = 0.05
-    rows: int = 256
+    rows: int = 128
     recheck: bool = True
     verify: float = 0.5
     margin: float = 0.01

@@ -82,7 +82,7 @@ def prior_correction(bench: Bench, name: str, below: Names) -> dict[str, Any]:
     source = bench.reference.prior
     ratio = np.where(source > 0, np.log(np.maximum(prior, 1e-12)) - np.log(np.maximum(source, 1e-12)), 0.0)
     head = runner.viewer.head_name
-    attach(runner.model, method_of("prior_correction"), "head" if head is None else [head], name)
+    attach(runner.model, method_of("prior_correction"), "head" if head is None else lambda site: site.module_name == head, name)  # its name may be a role's
     for _, holder in holders(runner.model, name):
         held = holder.tensors()["log_ratio"]
         if len(held) != len(ratio):

@@ -26,7 +26,8 @@ LEADING = "cott"
 @dataclass
 class Judged:
     """A candidate after its examination. ``twin``: logits on the reference, by the same remedy made for the reference;
-    ``right``: which rows of the reference it answers right, times their weights, where these make the estimate."""
+    ``right``: which rows of the reference it answers right, times their weights, where these make the estimate; ``differs``: share of the rows on which
+    it answers another class than what serves."""
 
     label: str
     names: tuple[str, ...]
@@ -36,6 +37,7 @@ class Judged:
     made: Mapping[str, Any]
     twin: Tensor | None = None
     right: Array | None = None
+    differs: float = 0.0
     labelled: dict[str, Any] | None = None
 
     @property

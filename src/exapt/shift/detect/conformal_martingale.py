@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ class ConformalMartingale(WealthAlarm):
     over the n reference scores *and* all t scores of the stream so far, :math:`\tau_t` uniform on (0, 1]. Against a fixed reference the
     p-values would depend on each other through it and no product of bets would be fair; with every score joining the comparison they are
     independent and uniform under the null. The price: a lasting shift becomes normal after a while, so that the wealth stops growing
-    (:class:`EProcess` keeps comparing with the reference). Memory and state grow by one number per score.
+    (:class:`EProcess` keeps comparing with the reference). Memory grows by one number per score, the state by two per new value of the scores:
+    round them where a stream is long.
 
     Condition of :math:`P(\sup_t M_t \ge 1/\alpha) \le \alpha`: reference and stream scores together are exchangeable (independent draws of one
     distribution, for instance), given whatever the score function was trained on. So train it on other data than the reference.
@@ -115,10 +117,19 @@ class ConformalMartingale(WealthAlarm):
 
     def _state(self) -> dict[str, Any]:
         own = {"seed": self.seed_, "log_p": self.log_p_, "capital": self.capital_.tolist()}
-        return {"reference": list(self.reference_), "stream": list(self.stream_), **own}
+        return {"reference": counted(self.reference_), "stream": counted(self.stream_), **own}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.slack_, self.reference_ = 0.0, list(state["reference"])
-        self.stream_ = list(state["stream"])
+        self.slack_, self.reference_ = 0.0, [v for v, n in state["reference"] for _ in range(n)]
+        self.stream_ = [v for v, n in state["stream"] for _ in range(n)]
         self.sorted_ = sorted(self.reference_ + self.stream_)
         self.seed_, self.log_p_, self.capital_ = int(state["seed"]), float(state["log_p"]), np.array(state["capital"])
+
+
+def counted(scores: Sequence[float]) -> list[list[Any]]:
+    """Returns every value and how often it occurs, in rising order.
+
+    >>> counted([0.5, 0.25, 0.5])
+    [[0.25, 1], [0.5, 2]]
+    """
+    return [[v, n] for v, n in sorted(Counter(scores).items())]
