@@ -28,13 +28,13 @@ from exapt.core.routing import parallel, routed
 from exapt.core.sites import Site, sites
 from exapt.core.warm import start_from
 from exapt.core.state import (
-    Count, activate, adapters, after_step, disabled, parameter_count, penalty, trainable, using,
+    Count, activate, adapters, after_step, disabled, noted, parameter_count, penalty, trainable, using,
 )  # fmt: skip
 from exapt.interop import export, load
 from exapt.online.wrapper import online  # the verb; its package is reached by import only
 
 _LAZY = {"fit": "exapt.train", "evaluate": "exapt.train", "predict": "exapt.train", "Loop": "exapt.loop"}
-_ROOMS = ("loop", "objectives", "online", "shift", "train")
+_ROOMS = ("algebra", "loop", "objectives", "online", "shift", "train")
 """Packages that hold components besides methods."""
 
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 _COMPONENTS: dict[str, Component] = {}
 SOURCES: list[Callable[[str | None], None]] = []
 """Called with a kind (``None``: all) before the catalogue answers for it."""
-_NOTED = re.compile(r"^@component\(\s*\"(\w+)\".*?^(?:class|def) (\w+)", re.MULTILINE | re.DOTALL)
+_NOTED = re.compile(r"^@(?:component|rule)\(\s*\"(\w+)\".*?^(?:class|def) (\w+)", re.MULTILINE | re.DOTALL)
 
 
 @functools.cache

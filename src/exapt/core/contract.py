@@ -69,6 +69,9 @@ class Method:
     reads: ClassVar[tuple[str, ...]] = ()
     """Inputs of the model's call that the method sees besides its site's own (``input_ids``, ``attention_mask``, ``task_ids``): ``p`` holds
     them as ``call.input_ids`` and so on. What the model's own forward does not take is kept from it."""
+    notes: ClassVar[bool] = False
+    """Whether the method notes things of its site in a call (a router's probabilities): ``p["notes"]`` is then a dict that keeps them until the
+    next call, for ``penalty`` (with their graph) and for :func:`exapt.noted`."""
     exceptions: ClassVar[Mapping[str, str]] = {}
     """Invariants of the conformance suite that do not hold, each with its reason."""
 

@@ -40,6 +40,16 @@ class Holder(nn.Module):
         return cast(dict[str, Tensor], {**self._parameters, **self._buffers})
 
 
+class Notes(dict[str, Tensor]):
+    """What a method notes of its site in a call; a copy of the model, or a pickle, begins without."""
+
+    def __deepcopy__(self, memo: Any) -> Notes:
+        return Notes()
+
+    def __reduce__(self) -> tuple[type[Notes], tuple[()]]:
+        return Notes, ()
+
+
 @dataclass(eq=False)
 class Entry:
     """One adapter at one site. ``definition``: acts through the parameter, not in ``forward``."""
@@ -57,6 +67,7 @@ class Entry:
     last: bool = False
     source: Slots | None = None
     state: State | None = None
+    notes: Notes = field(default_factory=Notes)
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The method's ``p``; cast once to the layer's dtype unless the method asks for full precision."""
@@ -65,9 +76,9 @@ class Entry:
             p = {**self.common.tensors(), **p}
         if self.method.reads and dtype is not None:
             p = {**p, **self._call()}
-        if dtype is None or self.method.full_precision:
-            return p
-        return {k: v.to(dtype) if v.is_floating_point() and v.dtype != dtype else v for k, v in p.items()}
+        if dtype is not None and not self.method.full_precision:
+            p = {k: v.to(dtype) if v.is_floating_point() and v.dtype != dtype else v for k, v in p.items()}
+        return {**p, "notes": cast(Tensor, self.notes)} if self.method.notes else p
 
     @property
     def sees_more(self) -> bool:
@@ -95,7 +106,7 @@ class Entry:
 
     def changed(self, parameter: str, value: Tensor, matrix: Callable[[], Tensor] | None = None) -> Tensor:
         """The definition: the stored parameter's new value from its old one (already dequantised); ``matrix`` gives the old weight matrix."""
-        p = self.tensors(value.dtype)
+        p = {k: t for k, t in self.tensors(value.dtype).items() if k != "notes"}
         if isinstance(self.method, SubsetMethod):
             return _replace(self.chosen.get(parameter), p, parameter, value, self.layer)
         layer = self.layer

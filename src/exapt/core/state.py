@@ -197,6 +197,20 @@ def penalty(model: nn.Module) -> Tensor | None:
     return total
 
 
+def noted(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What the active adapters' methods noted of their sites in the last call (a router's ``load`` and the like), by site, without their graph.
+
+    >>> noted(nn.Linear(2, 2))
+    {}
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for _, slots in slots_of(model):
+        for e in slots.entries:
+            if e.adapter in slots.state.active and e.notes:
+                found.setdefault(e.site_name, {}).update({k: t.detach() for k, t in e.notes.items()})
+    return found
+
+
 def after_step(model: nn.Module, step: int, total: int, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Tells the active adapters' methods that optimiser step ``step`` (from 1) of ``total`` is done.
 

@@ -20,6 +20,7 @@ from exapt.core.state import adapters
 from exapt.loop.decide import Held, Lab, Verdict, decide, line_of
 from exapt.loop.decision import Decision, Now, Outcome, held_from, policy_text, row_bytes, shapes_text, twin_key
 from exapt.loop.policy import Policy
+from exapt.loop.recheck import KEPT, due
 from exapt.loop.remedies import from_bytes
 from exapt.loop.rows import batch_of, finite, packed, unpacked, widths
 from exapt.loop.runner import Names, Runner, reference_of
@@ -29,7 +30,6 @@ from exapt.loop.watch import Watch
 from exapt.online.method import Batch
 
 log = logging.getLogger("exapt.loop")
-_KEPT = 4  # times the rows of a policy are kept, so that what serves can be made anew of more of them
 _OWN = re.compile(r"loop\d+c\d+s\d+(_probe)?")
 
 
@@ -228,27 +228,13 @@ class Loop:
         decision.estimate = self._estimated(batch, good)
         if now.phase == "collect":
             return self._collected(decision)
-        while sum(len(h.ids) for h in now.held[1:]) >= _KEPT * self.policy.rows:
+        while sum(len(h.ids) for h in now.held[1:]) >= KEPT * self.policy.rows:
             now.held = now.held[1:]
-        return self._rechecked(decision) if now.kind != "none" and self.policy.recheck else None
-
-    def _rechecked(self, decision: Decision) -> Verdict | None:
-        """Decides anew where the last rows show another kind of shift than what serves was made for (an alarm against the few rows that began to
-        differ takes long to see that), or where there are twice as many rows as were decided on."""
-        now, counts = self.now, np.cumsum([len(h.ids) for h in reversed(self.now.held)])
-        if self.lab.diagnosis is None or counts[-1] < self.policy.rows:
+        rows = due(now, self.lab) if now.kind != "none" and self.policy.recheck else None
+        if rows is None:
             return None
-        last = now.held[-1 - int(np.searchsorted(counts, self.policy.rows)) :]
-        frozen = self.runner([h.batch for h in last])
-        found = self.lab.diagnosis.diagnose(frozen.features, frozen.proba).kind
-        before, now.found = now.found, found
-        if found != now.kind and not ("covariate" in found and "covariate" in now.kind):
-            if found != before:  # the rows may be of both sides of a change; the next batch tells
-                return None
-            now.held = last
-            return self._collected(decision)
-        enough = now.used < _KEPT * self.policy.rows and counts[-1] >= min(2 * now.used, _KEPT * self.policy.rows)
-        return self._collected(decision) if enough else None
+        now.held = rows
+        return self._collected(decision)
 
     def _collected(self, decision: Decision) -> Verdict | None:
         now, count = self.now, sum(len(h.ids) for h in self.now.held)
