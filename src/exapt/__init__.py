@@ -33,7 +33,7 @@ from exapt.core.state import (
 from exapt.interop import export, load
 from exapt.online.wrapper import online  # the verb; its package is reached by import only
 
-_LAZY = {"fit": "exapt.train", "evaluate": "exapt.train", "predict": "exapt.train", "Loop": "exapt.loop"}
+_LAZY = {"fit": "exapt.train", "evaluate": "exapt.train", "predict": "exapt.train", "Loop": "exapt.loop", "combine": "exapt.algebra.adapters"}
 _ROOMS = ("algebra", "loop", "objectives", "online", "shift", "train")
 """Packages that hold components besides methods."""
 

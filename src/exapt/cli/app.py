@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from exapt.cli import stream
+from exapt.cli import algebra, stream
 from exapt.core import __version__
 from exapt.core.errors import InputError
 
@@ -262,5 +262,5 @@ def env() -> None:
     print(environment())
 
 
-for command in (stream.components, stream.watch, stream.adapt, stream.report, stream.rollback):
+for command in (algebra.merge_adapters, algebra.arithmetic, algebra.diff, stream.components, stream.watch, stream.adapt, stream.report, stream.rollback):
     app.command(command)

@@ -31,6 +31,7 @@ from exapt.core.state import activate, start, state_of
 FORMAT = 1
 MAX_HEADER = 64 * 1024 * 1024
 _SAMPLE = 16
+_HEADER = ("rules", "fingerprint", "base", "versions", "provenance", "metrics", "checksums")
 
 
 @dataclass
@@ -168,23 +169,32 @@ def save(
     adapter = state.adapters[name]
     tensors, checksums, manifest = _collect(model, name)
     layers = {e.site_name: e.layer for _, slots in slots_of(model) for e in slots.entries if e.adapter == name}
-    header = {
-        "format": FORMAT,
-        "rules": [{"method": as_dict(m), "sites": where, "shapes": [_shape(layers[w]) for w in where]} for m, where in adapter.rules],
-        "fingerprint": fingerprint(model, _replaced(model, name)),
-        "base": cast(Any, model._modules["exapt"]).base_class.__name__,
-        "versions": {"exapt": __version__, "torch": str(torch.__version__)},
-        "provenance": dict(provenance if provenance is not None else adapter.metadata.get("provenance", {})),
-        "metrics": dict(metrics if metrics is not None else adapter.metadata.get("metrics", {})),
-        "checksums": checksums,
-        "tensors": manifest,
-    }
-    target = Path(path) if Path(path).suffix else Path(f"{os.fspath(path)}.safetensors")
+    data = AdapterFile(
+        [{"method": as_dict(m), "sites": where, "shapes": [_shape(layers[w]) for w in where]} for m, where in adapter.rules],
+        fingerprint(model, _replaced(model, name)), cast(Any, model._modules["exapt"]).base_class.__name__, versions(),
+        dict(provenance if provenance is not None else adapter.metadata.get("provenance", {})),
+        dict(metrics if metrics is not None else adapter.metadata.get("metrics", {})), checksums, manifest, tensors,
+    )  # fmt: skip
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return target
+        return _target(path)
+    return write(data, path)
+
+
+def versions() -> dict[str, str]:
+    """Of exapt and torch, as a file keeps them."""
+    return {"exapt": __version__, "torch": str(torch.__version__)}
+
+
+def write(data: AdapterFile, path: str | os.PathLike[str]) -> Path:
+    """Writes an adapter that is on no model, as :func:`save` does; returns the path written."""
+    header = {"format": FORMAT, **{k: getattr(data, k) for k in _HEADER}, "tensors": data.manifest}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
-    write_aside(target, lambda aside: safetensors.torch.save_file(tensors, aside, metadata={"exapt": text}))
-    return target
+    write_aside(_target(path), lambda aside: safetensors.torch.save_file(data.tensors, aside, metadata={"exapt": text}))
+    return _target(path)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    return Path(path) if Path(path).suffix else Path(f"{os.fspath(path)}.safetensors")
 
 
 def write_aside(path: Path, data: bytes | Callable[[str], None]) -> None:
@@ -239,7 +249,7 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
         header = json.loads(text)
         if header["format"] > FORMAT:
             raise InputError(f"{path}: format {header['format']} is newer than this exapt reads ({FORMAT}); upgrade exapt")
-        known = {k: header[k] for k in ("rules", "fingerprint", "base", "versions", "provenance", "metrics", "checksums")}
+        known = {k: header[k] for k in _HEADER}
         known["manifest"] = {k: [list(map(int, v[0])), bool(v[1])] for k, v in header["tensors"].items()}
         for rule in known["rules"]:
             if not isinstance(rule["method"], dict) or len(rule["sites"]) != len(rule["shapes"]) or not rule["sites"]:
