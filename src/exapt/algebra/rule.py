@@ -14,8 +14,8 @@ from exapt.core.errors import InputError, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 GIVEN = ("weights", "base", "generator", "statistics", "name")
-"""Parameters that the caller fills, where a rule has them: ``weights`` (m,); ``base``, the base's tensor; ``generator``, seeded by the tensor's
-name; ``statistics``, one tensor or mapping of tensors for each model; the tensor's ``name``."""
+"""Parameters that the caller fills, where a rule has them: ``weights`` (m,); ``base``, the base's tensor, or ``None`` without one where that is its
+default; ``generator``, seeded by the tensor's name; ``statistics``, one tensor or mapping of tensors for each model; the tensor's ``name``."""
 
 
 def rule(key: str, paper: str = "", variants: Mapping[str, str] | None = None, oracle: str = "NumPy") -> Callable[[F], F]:
@@ -62,7 +62,7 @@ class Described:
     @property
     def needs_base(self) -> bool:
         """Whether there must be a base."""
-        return self.on_deltas or "base" in self.given
+        return self.on_deltas or ("base" in self.given and inspect.signature(self.function).parameters["base"].default is inspect.Parameter.empty)
 
     def checked(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration, after a look at its names.

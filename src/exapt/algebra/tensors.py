@@ -68,6 +68,8 @@ def check_trees(rule: Described, models: Sequence[Tree], base: Tree | None, weig
         raise InputError(f"{name}: there is no model to merge")
     if rule.needs_base and base is None:
         raise InputError(f"{name} merges differences from the base; give base=")
+    if weights is not None and "weights" not in rule.given:
+        raise InputError(f"{name} weighs models itself; leave weights out")
     if weights is not None and (len(weights) != len(models) or not all(torch.isfinite(torch.tensor(float(w))) for w in weights)):
         raise InputError(f"{name}: {len(weights)} weights {list(weights)} for {len(models)} models; give one finite number for each")
     first, others = (base, list(models)) if base is not None else (models[0], list(models[1:]))

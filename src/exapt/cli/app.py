@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from exapt.cli import algebra, stream
+from exapt.cli.compress import compress
+from exapt.cli.edit import edit
+from exapt.cli.merge import merge_models
 from exapt.core import __version__
 from exapt.core.errors import InputError
 
@@ -264,3 +267,6 @@ def env() -> None:
 
 for command in (algebra.merge_adapters, algebra.arithmetic, algebra.diff, stream.components, stream.watch, stream.adapt, stream.report, stream.rollback):
     app.command(command)
+app.command(merge_models)
+app.command(compress)
+app.command(edit)
