@@ -4,7 +4,8 @@
 differences from it), merges them in fresh processes, the two sides in turns, and prints a table, or JSON with ``--json``. ``--other PYTHON`` names another
 interpreter that has mergekit and exapt. What is timed is the call, after imports and a merge of two tiny tensors; exapt's includes syncing to the disk, which
 mergekit does not do (``exapt_unsynced`` is without). exapt computes in single precision whatever the files' type is; mergekit in the files' type, and as
-``mergekit_float32`` as exapt does. CPU seconds are there because wall-clock time means little on a busy machine. Memory is the highest resident size above that before the call, pages of mapped files included.
+``mergekit_float32`` as exapt does. CPU seconds are there because wall-clock time means little on a busy machine. Memory is the highest resident size above
+that before the call, pages of mapped files included.
 """
 
 from __future__ import annotations

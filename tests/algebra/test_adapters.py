@@ -102,6 +102,15 @@ def test_sums_of_factors_are_sums_of_matrices(seed: int, factors: list[float]) -
     torch.testing.assert_close(found.dense("w"), dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["knots", "core_space"])
+def test_rules_that_have_a_form_on_factors_get_them(rule: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    items = [Shifts(str(i), {"w": LowRank(torch.randn(6, 2, generator=g), torch.randn(2, 5, generator=g))}, "f", "Net") for i in range(2)]
+    found = combined(rule, items, inner="task_arithmetic", settings={"scale": 0.5}).matrices["w"]
+    assert isinstance(found, LowRank)
+    torch.testing.assert_close(found.dense(), 0.5 * (items[0].dense("w") + items[1].dense("w")), rtol=1e-4, atol=1e-5)
+
+
 def test_difference_is_numpys() -> None:
     a, b = np.array([[1.0, 0.0], [0.0, -2.0]]), np.array([[1.0, 3.0], [0.0, 2.0]])
     r = difference(*(Shifts("x", {"w": torch.tensor(m).float()}, "f", "Net") for m in (a, b)))[0]

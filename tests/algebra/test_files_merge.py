@@ -247,6 +247,10 @@ def test_refused_arguments(models: list[Path], tmp_path: Path) -> None:
             merge_files(*arguments)  # type: ignore[arg-type]
     with pytest.raises(exapt.InputError, match='averaged has no "normalize"; did you mean "normalise"'):
         merge_files("average", models[1:], out, normalize=False)
+    with pytest.raises(exapt.InputError, match="averaged: 3 statistics for 3 models; give them to none, which this rule does not use"):
+        merge_files("average", models[1:], out, statistics=models[1:])
+    with pytest.raises(exapt.InputError, match="fisher_weighted: 1 statistics for 3 models; give them for each of the models"):
+        merge_files("fisher", models[1:], out, statistics=models[1:2])
     with pytest.raises(exapt.InputError, match="'5 apples' is no size"):
         merge_files("average", models[1:], out, shard_size="5 apples")
     assert not out.exists()
@@ -266,14 +270,15 @@ def test_refused_files(models: list[Path], tmp_path: Path) -> None:
     refused(folder / "pytorch_model.bin", "a pickle")
     (folder / SINGLE).write_bytes((models[1] / SINGLE).read_bytes()[:-3])
     refused(folder, "not a whole safetensors file")
+    (folder / SINGLE).unlink()
     (folder / INDEX).write_text('{"weight_map": {"w": "../one/model.safetensors"}}')
     refused(folder, 'names the shard "../one/model.safetensors" outside its own folder')
     (folder / INDEX).write_text('{"weight_map": {"w": "gone.safetensors"}}')
     refused(folder, "names the shard gone.safetensors, which is missing")
     (folder / INDEX).write_text("[]")
     refused(folder, "cannot be read as an index")
-    shutil.copy(models[1] / SINGLE, folder / SINGLE)
-    (folder / INDEX).write_text('{"weight_map": {"w": "model.safetensors"}}')
+    shutil.copy(models[1] / SINGLE, folder / "part.safetensors")
+    (folder / INDEX).write_text('{"weight_map": {"w": "part.safetensors"}}')
     refused(folder, "holds no w, which the index says it does")
     (folder / "adapter_config.json").write_text("{}")
     refused(folder, "an adapter, not a model; exapt merge-adapters merges those")

@@ -104,7 +104,7 @@ def test_a_task_learns_beside_another() -> None:
         model, head = Model(), torch.full((D,), 1 / D)
         exapt.attach(model, HyperFormer(n_tasks=n_tasks, reduction=2), where="linear", seed=0)
         optimiser = torch.optim.Adam(exapt.trainable(model).values(), lr=5e-3)
-        for _ in range(150):
+        for _ in range(80):
             given = {"task_ids": ids} if n_tasks == 2 else {}
             loss = (model(x, **given).mean(1) @ head - target[:, 0]).square().mean()
             optimiser.zero_grad()

@@ -68,16 +68,16 @@ def test_the_library_merges_them_by_their_sum() -> None:
     layer, x = nn.Linear(12, 5), torch.randn(4, 12)
     model = nn.Sequential(copy.deepcopy(layer))
     for i in range(2):
-        exapt.attach(model, OrthogonalAdaptation(rank=3, concept=i, columns="disjoint"), where="all", name=f"concept {i}")
+        exapt.attach(model, OrthogonalAdaptation(rank=3, concept=i, columns="disjoint"), where="all", name=f"concept-{i}")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(".A"):
                 p.normal_()
     alone = []
     for i in range(2):
-        exapt.activate(model, f"concept {i}")
+        exapt.activate(model, f"concept-{i}")
         alone.append(model(x).detach() - layer(x).detach())
-    exapt.combine(model, "concept 0", "concept 1", rule="task_arithmetic", scale=0.6)
+    exapt.combine(model, "concept-0", "concept-1", rule="task_arithmetic", scale=0.6)
     torch.testing.assert_close(model(x).detach(), layer(x).detach() + 0.6 * (alone[0] + alone[1]), atol=1e-5, rtol=1e-4)
 
 

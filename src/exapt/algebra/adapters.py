@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from exapt.algebra.lowrank import LowRank, concatenated
 from exapt.algebra.rule import rule_of
 from exapt.algebra.rules.average import averaged
+from exapt.algebra.rules.core_space import core_space_merged, in_core_space
+from exapt.algebra.rules.knots import knots_merged, tied
 from exapt.algebra.rules.task_arithmetic import summed
 from exapt.algebra.tensors import merged_tensors
 from exapt.core.attach import detach
@@ -29,6 +31,8 @@ from exapt.core.state import activate, adapters, state_of
 from exapt.interop.to_lora import compressed
 
 Matrix = LowRank | Tensor
+_ON_FACTORS: dict[Callable[..., Tensor], Callable[..., LowRank]] = {tied: knots_merged, in_core_space: core_space_merged}
+"""Rules that have a form on low-rank factors."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,10 @@ def combined(
     matrices: dict[str, Matrix] = {}
     for site in named:
         own = [x.matrices.get(site) for x in items]
-        if linear and all(m is None or isinstance(m, LowRank) for m in own):
+        on_factors = _ON_FACTORS.get(found.function) if settings.get("side", "left") == "left" else None
+        if on_factors is not None and all(isinstance(m, LowRank) for m in own):
+            matrices[site] = on_factors(own, weights, seed=seed, name=site, **{k: settings[k] for k in ("inner", "settings")})
+        elif linear and all(m is None or isinstance(m, LowRank) for m in own):
             factors = _coefficients(found.function, len(items), weights, settings)
             parts = [(m, f) for m, f in zip(own, factors, strict=True) if isinstance(m, LowRank)]
             matrices[site] = concatenated([m for m, _ in parts], [f for _, f in parts])

@@ -58,7 +58,7 @@ def language_and_task(
     kind="recipe",
     paper="RE-AdaptIR: Improving Information Retrieval through Reverse Engineered Adaptation",
     variants={
-        "RE-Adapt: Reverse Engineered Adaptation of Large Language Models": "re_adapted with an instruction-tuned model; rank or energy is its LoRE-Adapt"
+        "RE-Adapt: Reverse Engineered Adaptation of Large Language Models": "re_adapted with an instruction-tuned model; energy below 1 is its LoRE-Adapt"
     },
 )
 def re_adapted(base: Tree, tuned: Tree, domain: Tree, *, tuned_weight: float = 1.0, domain_weight: float = 1.0, energy: float = 1.0) -> dict[str, Tensor]:

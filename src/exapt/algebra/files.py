@@ -99,6 +99,9 @@ def merge_files(
     check_trees(found, opened, start, weights, [m.label for m in opened])
     first = opened[0] if start is None else start
     _check_stored(first, opened, kind)
+    if statistics is not None and ("statistics" not in found.given or len(statistics) != len(models)):
+        wanted = "for each of the models" if "statistics" in found.given else "to none, which this rule does not use"
+        raise InputError(f"{found.function.__name__}: {len(statistics)} statistics for {len(models)} models; give them {wanted}")
     told = [Shards(s) if isinstance(s, (str, os.PathLike)) else s for s in statistics] if statistics is not None else None
     plan = Plan(found, opened, start, told, weights, seed, config, kind)
     with _written_to(target) as folder:

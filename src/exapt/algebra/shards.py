@@ -136,10 +136,10 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
         raise InputError(f"{path}: no such file or folder; give a .safetensors file, or a folder with {SINGLE} or {INDEX}")
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{path}: an adapter, not a model; exapt merge-adapters merges those")
+    if (path / SINGLE).is_file():  # where both are, transformers too takes this one
+        return {path / SINGLE: None}
     if (path / INDEX).is_file():
         return _indexed(path)
-    if (path / SINGLE).is_file():
-        return {path / SINGLE: None}
     pickled = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
     why = f"holds only {pickled[0]}, a pickle, which exapt never loads; convert it to safetensors" if pickled else f"holds neither {SINGLE} nor {INDEX}"
     raise InputError(f"{path}: {why}")

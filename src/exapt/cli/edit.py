@@ -152,7 +152,7 @@ class _Parser:
         try:
             checked([made])
         except InputError as e:
-            raise InputError(f"{place}: {str(e).removeprefix('edit 0')}") from e
+            raise InputError(f"{place}: {str(e).removeprefix('edit 0').lstrip(':, ')}") from e
         return made
 
     def _list(self, row: dict[str, Any], name: str, place: str) -> Sequence[Any]:

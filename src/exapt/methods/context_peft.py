@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exapt.core.contract import Method, Recipe
+from exapt.core.errors import InputError
 from exapt.core.registry import method, register
 
 
@@ -38,6 +39,10 @@ class ContextPEFT(Recipe):
 
     groups: int = 2
     expert: Method = field(default_factory=lambda: method("lora"))
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise InputError(f"context_peft.groups is {self.groups}; it must be at least 1")
 
     def rules(self) -> Mapping[Any, Method]:
         return {"linear": method("mixture", expert=self.expert, experts=self.groups, router="modality")}

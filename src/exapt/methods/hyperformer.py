@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,6 @@ class HyperFormer(ActivationMethod):
     equation = r"h' = h + \gamma_e \odot \mathrm{LN}(U_e f(D_e h)) + \beta_e,\; e = I(z_t, l, s)"
     golden = "NumPy"
     where = ("attention.output", "mlp.down")
-    variants: ClassVar = {}
 
     n_tasks: int = 1
     reduction: int = 32

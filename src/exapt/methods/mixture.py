@@ -363,11 +363,6 @@ class ActivationMixture(_Mixed, ActivationMethod):
 
     key = "activation_mixture"
     paper = PAPER
-    variants: ClassVar = {
-        "Parameter-Efficient Sparsity Crafting from Dense to Mixture-of-Experts for Instruction Tuning on General Tasks": (
-            'ActivationMixture(BottleneckAdapter(), top_k=2, sees="input", balance=0.01) at "mlp", with LoRA at the rest'
-        ),
-    }
     equation = r"h' = h + \sum_e g_e\, (f_e(x, h) - h)"
     golden = "NumPy"
     where = ("attention.output", "mlp.down")

@@ -14,12 +14,12 @@ import safetensors.torch
 
 from exapt.algebra.compress.codec import codec, codecs
 from exapt.algebra.compress.file import packed, read_compressed
-from exapt.algebra.compress.seeds import seeded
+from exapt.algebra.compress.seeds import seeds_fitted
 from exapt.algebra.compress.svd import svd_truncated
 from exapt.core.errors import InputError, did_you_mean
 from exapt.core.file import _HEADER, FORMAT, AdapterFile, write_aside
 
-TRANSFORMS: Mapping[str, Callable[..., tuple[AdapterFile, dict[str, float]]]] = {"svd_truncation": svd_truncated, "seeded_bases": seeded}
+TRANSFORMS: Mapping[str, Callable[..., tuple[AdapterFile, dict[str, float]]]] = {"svd_truncation": svd_truncated, "seeded_bases": seeds_fitted}
 Steps = Sequence[tuple[str, Mapping[str, Any]]]
 
 

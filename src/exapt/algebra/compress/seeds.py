@@ -17,7 +17,7 @@ from exapt.core.registry import from_dict, method
 
 
 @component("seeded_bases", kind="compression", paper="NOLA: Compressing LoRA using Linear Combination of Random Basis", oracle="NumPy")
-def seeded(file: AdapterFile, *, num_basis: int = 256, rounds: int = 10, seed: int = 0) -> tuple[AdapterFile, dict[str, float]]:
+def seeds_fitted(file: AdapterFile, *, num_basis: int = 256, rounds: int = 10, seed: int = 0) -> tuple[AdapterFile, dict[str, float]]:
     r"""Fits to each LoRA of an adapter coefficients of random matrices that a seed makes again:
 
     .. math:: \min_{\alpha, \beta} \Bigl\lVert B A - \Bigl(\sum_j \beta_j B_j\Bigr) \Bigl(A_0 + \sum_i \alpha_i A_i\Bigr) \Bigr\rVert_F^2 .

@@ -46,8 +46,9 @@ def shift_added(
 
     Scales are of each column (the paper's form for accuracy). Signs and scales are fitted in turn: least squares for the scales, which are then
     rounded; the nearest of the :math:`2^b` sums for the signs. With the inputs' second moment the columns are coded one after the other,
-    and each one's error is made good by those that follow, as GPTQ does: weight and output errors are then both small. The authors'
-    kernels, which are what is fast, and their block-wise scales for these are not here.
+    and each one's error is made good by those that follow, as GPTQ does: the fit of each column looks at the weights, the correction at the
+    outputs, whose error is lower then and that of the weights higher. The authors' kernels, which are what is fast, and their block-wise
+    scales for these are not here.
 
     Args:
         weight: (d_out, d_in).

@@ -22,11 +22,20 @@ ROWS = 32
 def called(model: nn.Module, rows: Tensor) -> Tensor:
     """The model's logits for rows of token ids (n, length) or of numbers (n, ...)."""
     by_name = not rows.is_floating_point() and hasattr(model, "config")
-    out = model(input_ids=rows) if by_name else model(rows)
+    try:
+        out = model(input_ids=rows) if by_name else model(rows)
+    except (RuntimeError, IndexError, TypeError) as e:
+        if rows.is_floating_point() or int(rows.max()) >= _vocabulary(model):
+            raise InputError(f"the model takes no input of shape {tuple(rows.shape[1:])} and type {rows.dtype} ({str(e).splitlines()[0]})") from e
+        raise
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor):
         raise InputError(f"{type(model).__name__} gives {type(out).__name__} without logits; edit a model that returns logits")
     return logits
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
 
 
 def groups(rows: Sequence[Tensor]) -> list[list[int]]:

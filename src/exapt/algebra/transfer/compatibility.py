@@ -102,8 +102,8 @@ def compatibility(old: Tensor, new: Tensor, labels: Tensor, *, draws: int = 2000
         raise InputError(f"compatibility: {tuple(before.shape)} old and {tuple(after.shape)} new predictions for labels {tuple(y.shape)}; give one for each")
     was, now, other = before == y, after == y, before != after
     rows = torch.stack([was & ~now, ~was & now, ~now & other, other]).double()
-    measured = _measured(torch.cat([rows, rows[1:2] - rows[:1]]), draws, level, seed)
-    return Compatibility(*measured, rows[0].float())
+    negative, positive, inconsistent, changed, gain = _measured(torch.cat([rows, rows[1:2] - rows[:1]]), draws, level, seed, shares=4)
+    return Compatibility(negative, positive, inconsistent, changed, gain, rows[0].float())
 
 
 @component("score_compatibility", kind="transfer", paper=PAPER, oracle="NumPy")
@@ -131,7 +131,7 @@ def score_compatibility(old: Tensor, new: Tensor, *, draws: int = 2000, level: f
     if old.shape != new.shape or old.dim() != 1 or not len(old) or not bool(torch.isfinite(old - new).all()):
         raise InputError(f"score_compatibility: scores of shapes {tuple(old.shape)} and {tuple(new.shape)}; give one finite number for each row and model")
     d = (new - old).double().cpu()
-    worse, better, change = _measured(torch.stack([(d < 0).double(), (d > 0).double(), d]), draws, level, seed)
+    worse, better, change = _measured(torch.stack([(d < 0).double(), (d > 0).double(), d]), draws, level, seed, shares=2)
     fell, rose = d[d < 0], d[d > 0]
     return Gradual(worse, better, float(-fell.mean()) if len(fell) else 0.0, float(rose.mean()) if len(rose) else 0.0, change)
 
@@ -163,8 +163,8 @@ def flip_reduction(plain: Compatibility, compatible: Compatibility, *, draws: in
     return _measured((compatible.flips - plain.flips).double()[None], draws, level, seed)[0]
 
 
-def _measured(rows: Tensor, draws: int, level: float, seed: int) -> list[Measured]:
-    """Means of (k, n) over rows, with intervals of the same resampled rows for all."""
+def _measured(rows: Tensor, draws: int, level: float, seed: int, shares: int = 0) -> list[Measured]:
+    """Means of (k, n) over rows, with intervals of the same resampled rows for all; the first ``shares`` are of zeros and ones."""
     if draws < 1 or not 0 < level < 1:
         raise InputError(f"compatibility: {draws} draws at level {level}; give at least 1 draw and a level between 0 and 1")
     n, generator, means = rows.shape[1], seeded(seed, "compatibility"), []
@@ -175,6 +175,7 @@ def _measured(rows: Tensor, draws: int, level: float, seed: int) -> list[Measure
     limits = torch.quantile(torch.cat(means), tails, dim=0).T.tolist()
     rare = 1 - ((1 - level) / 2) ** (1 / n)
     found = []
-    for row, (low, high) in zip(rows, limits, strict=True):
-        found.append(Measured(float(row.mean()), low, high))
+    for i, (row, (low, high)) in enumerate(zip(rows, limits, strict=True)):
+        value = float(row.mean())
+        found.append(Measured(value, 1 - rare if i < shares and value == 1 else low, rare if i < shares and value == 0 else high))
     return found
