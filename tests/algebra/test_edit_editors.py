@@ -25,10 +25,11 @@ from exapt.algebra.edit.value import Value
 SITE = "layers.1.mlp.down_proj"
 DATA = sequences(60)
 STRONG = {"clamp": 1000.0, "steps": 15, "decay": 0.0}
+WISE = {"rate": 0.1, "steps": 60, "ratio": 0.8, "bound": 3.0, "alpha": 0.1, "beta": 1.0, "gamma": 0.5}
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "rome": (SITE, STRONG), "memit": (["layers.1.mlp.down_proj", "layers.2.mlp.down_proj"], {**STRONG, "weight": 1e-3}),
     "alphaedit": (SITE, {**STRONG, "rate": 0.5, "threshold": 0.3, "ridge": 1e-3}), "ultraedit": ("mlp.down", {"rate": 0.02}),
-    "grace_codebook": (SITE, {"radius": 0.05, "steps": 15}), "wise_memory": (SITE, {"rate": 3.0, "steps": 25, "alpha": 0.1, "beta": 1.0, "gamma": 0.5}),
+    "grace_codebook": (SITE, {"radius": 0.05, "steps": 15}), "wise_memory": (SITE, WISE),
     "mend": ("mlp.down", {"rate": 1e-2, "rank": 8}), "malmen": ("mlp.down", {"rate": 0.1, "rank": 8}),
 }  # fmt: skip
 
@@ -62,8 +63,10 @@ def test_edits_are_made_saved_and_undone(key: str, tmp_path: Path) -> None:
     assert before == {"reliability": 0.0, "generalisation": before["generalisation"], "locality": 1.0}
     for edit in edits:  # one after the other
         made.edit(editing, [edit])
+        if key not in ("ultraedit", "mend", "malmen"):
+            assert edit_score(model, [edit])["reliability"] == 1.0
     assert loss(model, edits).item() < reach - 0.5
-    if key not in ("ultraedit", "mend", "malmen"):
+    if key not in ("ultraedit", "mend", "malmen", "wise_memory"):  # WISE's later edits move what the earlier ones share with them
         assert edit_score(model, edits)["reliability"] == 1.0
     after = model(DATA)
     file = exapt.save(model, tmp_path / "edits.safetensors", "edit")
@@ -75,14 +78,13 @@ def test_edits_are_made_saved_and_undone(key: str, tmp_path: Path) -> None:
     assert torch.equal(model(DATA), after)
 
 
-@pytest.mark.parametrize("key", ["rome", "memit", "alphaedit", "ultraedit", "grace_codebook", "wise_memory", "mend", "malmen"])
+@pytest.mark.parametrize("key", sorted(SETTINGS))
 def test_a_classifier_of_vectors(key: str) -> None:
     model = classifier()
     x, y = vectors(60, seed=1)
-    settings = {**SETTINGS[key][1], **({"rate": 1.0} if key == "wise_memory" else {})}
     editing = Editing(model, "2", key_covariance(model, [x[30:]], "2"))
     edits = with_locality(model, [Edit(x[i], int(y[i] + 1) % 4) for i in range(2)], list(x[10:20]))
-    made, other = editor(key, **settings), [Edit(x[i], int(y[i] + 1) % 4) for i in range(40, 50)]
+    made, other = editor(key, **SETTINGS[key][1]), [Edit(x[i], int(y[i] + 1) % 4) for i in range(40, 50)]
     if hasattr(made, "observe"):
         made.observe(editing, other)
     if hasattr(made, "train"):
@@ -138,6 +140,30 @@ def test_alphaedit_keeps_a_null_space_over_edits() -> None:
         model(kept)
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
     assert edit_score(model, edits)["reliability"] == 1.0
+
+
+def test_wise_puts_shards_aside_and_merges_them() -> None:
+    model, _, _, edits = start("wise_memory")
+    editing = Editing(model, SITE)
+    made = editor("wise_memory", **{**SETTINGS["wise_memory"][1], "shard": 1, "merge": 2, "density": 1.0})
+    made.edit(editing, edits[:1])
+    (first,), (eps,) = editing.memory["wise"]["shards"], editing.memory["wise"]["eps"]
+    mask = editing.memory["wise"]["mask"]
+    assert bool((first[mask == 0] == 0).all())
+    assert float(first.abs().max()) <= 3.0
+    alone = Editing(model, SITE, name="other")
+    editor("wise_memory", **{**SETTINGS["wise_memory"][1], "shard": 1, "merge": 0, "seed": 0}).edit(alone, edits[:2])
+    second, other = alone.memory["wise"]["shards"][1], alone.memory["wise"]["eps"][1]
+    alone.undo()
+    made.edit(editing, edits[1:2])
+    (merged,), (threshold,) = editing.memory["wise"]["shards"], editing.memory["wise"]["eps"]
+    sign = torch.where(first + second >= 0, 1.0, -1.0)
+    agree = [torch.where(d * sign > 0, d, 0) for d in (first, second)]
+    count = sum((d != 0).float() for d in agree)
+    torch.testing.assert_close(merged, sum(agree) / count.clamp_min(1))  # type: ignore[call-overload]
+    assert threshold == min(eps, other)
+    made.edit(editing, edits[2:])
+    assert len(editing.memory["wise"]["shards"]) == 2
 
 
 def test_gradients_are_those_of_the_loss() -> None:

@@ -48,7 +48,11 @@ def test_edits_become_an_adapter(place: Path) -> None:
     usual = place / "usual.txt"
     usual.write_text("[0.1, 0.2]\n", encoding="utf-8")
     said = run("edit", MODEL, edits, "--where", "2", "-o", out, "--usual", usual).complaint
-    assert "usual.txt, line 1" in said
+    assert "takes no input of shape (2,)" in said
+    usual.write_text("".join(json.dumps(x) + "\n" for x in torch.randn(40, 4).tolist()), encoding="utf-8")
+    rome = run("edit", MODEL, edits, "--where", "2", "-o", out, "--usual", usual, "--clamp", "30", "--decay", "0", "--json").json
+    assert rome["after"]["reliability"] == 1.0
+    assert "1 edits by memit" in run("edit", MODEL, edits, "--where", "2", "--method", "memit", "-o", out, "--usual", usual).out
 
 
 def test_what_cannot_be_done_is_said_in_a_line(place: Path) -> None:

@@ -24,7 +24,7 @@ def test_against_its_formulas() -> None:
             t.copy_(torch.randn_like(t))
             p[name.split(".")[0] + name.rpartition(".")[2]] = t.numpy().astype(float)
     x, q = torch.randn(4, 7, 5, dtype=torch.double), torch.randn(4, 5, dtype=torch.double)
-    y = model(x, query=q)
+    y = model(x, queries=q)
     keys = p["exaptkeys"] / np.linalg.norm(p["exaptkeys"], axis=1, keepdims=True)
     cosine = q.numpy() / np.linalg.norm(q.numpy(), axis=1, keepdims=True) @ keys.T
     expected, matched = [], []
@@ -43,8 +43,8 @@ def test_against_its_formulas() -> None:
 def test_what_it_refuses() -> None:
     model = exapt.attach(nn.Sequential(nn.Linear(5, 4)), SSFPool(pool=6, width=5), where="0")
     with pytest.raises(exapt.InputError, match=r"need \(2, 5\)"):
-        model(torch.zeros(2, 5), query=torch.zeros(2, 4))
-    with pytest.raises(exapt.InputError, match="reads query"):
+        model(torch.zeros(2, 5), queries=torch.zeros(2, 4))
+    with pytest.raises(exapt.InputError, match="reads queries"):
         model(torch.zeros(2, 5))
     with pytest.raises(exapt.InputError, match=r"ssf_pool\.pool is 0"):
         exapt.attach(nn.Sequential(nn.Linear(5, 4)), SSFPool(pool=0), where="0")
@@ -55,7 +55,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int, head: bool = False
     optimiser = torch.optim.Adam(parameters, lr=2e-3 if head else 3e-2)
     for step in range(steps):
         pick = torch.arange(step * 64, step * 64 + 64) % len(x)
-        given = {} if head else {"query": queries(model, x[pick])}
+        given = {} if head else {"queries": queries(model, x[pick])}
         loss = nn.functional.cross_entropy(model(x[pick], **given), y[pick])
         if not head:
             extra = exapt.penalty(model)
@@ -84,7 +84,7 @@ def test_a_federation_serves_the_rows_of_all_clients(data: Path) -> None:
 
     def accuracy(model: nn.Module) -> list[float]:
         with torch.no_grad():
-            return [float((model(v, query=queries(model, v)).argmax(1) == t).float().mean()) for v, t in tests]
+            return [float((model(v, queries=queries(model, v)).argmax(1) == t).float().mean()) for v, t in tests]
 
     before = accuracy(server)
     for _ in range(3):

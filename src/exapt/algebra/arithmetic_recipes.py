@@ -1,4 +1,7 @@
-"""Sums of parameter shifts with a name of their own: language and task, and the reverse-engineered adapter."""
+"""Sums of parameter shifts with a name of their own: language and task, and the reverse-engineered adapter.
+
+The two papers' text and code could not be read here: the formulas are from the abstract and from memory.
+"""
 
 from __future__ import annotations
 

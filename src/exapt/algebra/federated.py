@@ -1,4 +1,7 @@
-"""Federated averages of adapters: clients send tensors and how many rows they trained on, never rows."""
+"""Federated averages of adapters: clients send tensors and how many rows they trained on, never rows.
+
+The text and code of HetLoRA could not be read here: the formulas are from the abstract and from memory.
+"""
 
 from __future__ import annotations
 

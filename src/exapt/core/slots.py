@@ -234,7 +234,7 @@ def _note_call(slots: Slots, module: nn.Module, args: tuple[Any, ...], kwargs: d
     return args, {k: v for k, v in kwargs.items() if k in names or k not in state.known or (takes_all and k not in OURS)}
 
 
-OURS = ("task_ids", "scalings", "prior", "domain")
+OURS = ("task_ids", "scalings", "prior", "domain", "queries")
 """Inputs that only methods know: no model is given them."""
 
 

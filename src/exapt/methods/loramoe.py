@@ -37,7 +37,7 @@ class LoRAMoE(ActivationMethod):
 
     References:
         Dou, Zhou, Liu, Gao, Zhao, Shen, Zhou, Xi, Wang, Fan, Pu, Zhu, Zheng, Gui, Zhang and Huang, "LoRAMoE: Revolutionizing Mixture of Experts for
-        Maintaining World Knowledge in Language Model Alignment", ACL 2024.
+        Maintaining World Knowledge in Language Model Alignment", ACL 2024. (The constraint is the paper's; the official code could not be read.)
 
     >>> import exapt
     >>> from torch import nn

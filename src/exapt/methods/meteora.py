@@ -28,7 +28,8 @@ class MeteoRA(Recipe):
         ``router`` (experts, d_in), Kaiming uniform. Not trained: ``expert_A`` (experts, rank, d_in), ``expert_B`` (experts, d_out, rank).
 
     References:
-        Xu, Lai and Huang, "MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models", ICLR 2025.
+        Xu, Lai and Huang, "MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models", ICLR 2025. (The official code could not be
+        read; the gates here have no bias and no loss of their own.)
 
     >>> MeteoRA(rank=4).rules()["linear"].router
     'token'

@@ -48,7 +48,8 @@ class MoLA(ActivationMethod):
         ``A`` (experts, rank, d_in), Kaiming uniform; ``B`` (experts, d_out, rank), zeros; ``router`` (experts, d_in), Kaiming uniform.
 
     References:
-        Gao, Chen, Rao, Sun, Liu, Peng, Zhang, Guo, Yang and Subrahmanian, "Higher Layers Need More LoRA Experts", 2024.
+        Gao, Chen, Rao, Sun, Liu, Peng, Zhang, Guo, Yang and Subrahmanian, "Higher Layers Need More LoRA Experts", 2024. (The
+        official code could not be read; the balancing loss is that of Switch Transformers, which the paper names.)
 
     >>> import exapt
     >>> from torch import nn

@@ -99,7 +99,8 @@ class SMoRE(ActivationMethod):
 
     def _routes(self, p: Tensors, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The children and their gates, both (tokens, fanout of the top, ..., fanout of the layer), for each layer from the lowest."""
-        seen, notes = F.linear(x, p["P"], p["p"]), dict[str, Tensor]()
+        seen = F.linear(x, p["P"], p["p"])
+        notes: Tensors = {}
         routes: list[tuple[Tensor, Tensor]] = []
         for i in reversed(range(len(self.experts))):
             inner = F.linear(F.linear(seen, p[f"G_{i}"], p[f"g_{i}"]).relu(), p[f"H_{i}"], p[f"e_{i}"])

@@ -20,7 +20,7 @@ class SSFPool(ActivationMethod):
     r"""Scales and shifts features by the mean of the modules of a pool whose keys fit the instance best:
     :math:`h' = \bar\gamma \odot h + \bar\beta`, :math:`(\bar\gamma, \bar\beta) = \frac1K \sum_{i \in T(q)} (\gamma_i, \beta_i)`.
 
-    :math:`T(q)` are the ``top_k`` keys of the largest cosine with the instance's query, which comes with the call: ``model(x, query=q)``, q (rows, width),
+    :math:`T(q)` are the ``top_k`` keys of the largest cosine with the instance's query, which comes with the call: ``model(x, queries=q)``, q (rows, width),
     features of the base model on the same rows (``with exapt.disabled(model)``; the class token's in the paper). The keys learn by the loss's
     share :math:`\lambda (1 - \bar s)`, :math:`\bar s` the mean cosine of matched keys. With a pool of one module nothing is asked for.
 
@@ -45,7 +45,7 @@ class SSFPool(ActivationMethod):
     >>> import exapt
     >>> from torch import nn
     >>> model = exapt.attach(nn.Sequential(nn.Linear(4, 3)), SSFPool(pool=5, width=4), where="0")
-    >>> model(torch.ones(2, 4), query=torch.ones(2, 4)).shape
+    >>> model(torch.ones(2, 4), queries=torch.ones(2, 4)).shape
     torch.Size([2, 3])
     """
 
@@ -65,7 +65,7 @@ class SSFPool(ActivationMethod):
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
         """The queries, if there is a choice."""
-        return ("query",) if self.pool > 1 else ()
+        return ("queries",) if self.pool > 1 else ()
 
     def check(self, site: Site) -> None:
         for field in ("pool", "top_k", "width"):
@@ -85,9 +85,9 @@ class SSFPool(ActivationMethod):
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
         if self.pool == 1:
             return torch.addcmul(p["beta"][0], p["gamma"][0], h)
-        q = p["call.query"]
+        q = p["call.queries"]
         if q.shape != (len(h), self.width):
-            raise InputError(f"ssf_pool was given a query of shape {tuple(q.shape)}; {len(h)} rows with width={self.width} need ({len(h)}, {self.width})")
+            raise InputError(f"ssf_pool was given queries of shape {tuple(q.shape)}; {len(h)} rows with width={self.width} need ({len(h)}, {self.width})")
         cosine = F.normalize(q.to(p["keys"].dtype), dim=-1) @ F.normalize(p["keys"], dim=-1).T
         best, index = cosine.topk(min(self.top_k, self.pool), -1)
         cast(Tensors, p["notes"]).update({"similarity": best.mean(), "chosen": index})

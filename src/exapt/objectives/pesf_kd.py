@@ -15,8 +15,9 @@ from exapt.core.objective import Objective, Seen, Shapes, Step, task_loss
 
 
 def sharpness(z: Tensor) -> Tensor:
-    r"""How sharp predictions are: :math:`\log \sum_k e^{z_k}` of logits whose mean is taken out (...), the paper's measure; the student's gap to its
-    teacher is the difference of their means.
+    r"""How sharp predictions are: :math:`\log \sum_k e^{z_k}` (...), of logits (..., classes) whose mean is taken out, so that only the prediction counts.
+
+    The sharpness gap of a student is its teacher's mean sharpness minus its own.
 
     >>> sharpness(torch.tensor([[1.0, 1.0], [9.0, -9.0]]))
     tensor([0.6931, 9.0000])
@@ -83,6 +84,7 @@ class PESFKD(Objective):
         z_t, h_t = self._taught(s)
         adapted, t = z_t + s.parts(h_t), self.temperature
         soft = F.kl_div((s.s.logits / t).log_softmax(-1), (adapted / t).log_softmax(-1), reduction="batchmean", log_target=True)
+        assert s.s.labels is not None
         return task_loss(s.s) + F.cross_entropy(adapted, s.s.labels) + self.alpha * t**2 * soft
 
     @torch.no_grad()
@@ -92,7 +94,7 @@ class PESFKD(Objective):
             with s.frozen():
                 seen = s.run(s.s.batch)
             return seen.logits, seen.h.float()
-        z, h = (x.to(s.s.logits) for x in self.teacher(s.s))
+        z, h = (x.detach().to(s.s.logits) for x in self.teacher(s.s))
         wide = self.width or s.s.h.shape[-1]
         if z.shape != s.s.logits.shape or h.shape != (len(z), wide):
             wanted = f"logits {tuple(s.s.logits.shape)} and features ({len(s.s.logits)}, {wide})"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exapt.algebra.edit.reading import hooked, read_at
+from exapt.algebra.edit.reading import called, hooked, read_at
 from exapt.algebra.edit.request import Edit
 from exapt.core.attach import attach, detach
 from exapt.core.calibrate import run
@@ -158,8 +158,10 @@ def key_covariance(model: nn.Module, batches: Iterable[Any], where: Where = "mlp
     with hooked(chosen, see):
         for batch in batches:
             masks[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            named = isinstance(batch, Tensor) and not batch.is_floating_point() and hasattr(model, "config")
-            run(model, {"input_ids": batch} if named else batch)
+            if isinstance(batch, Tensor):
+                called(model, batch.to(chosen[0].device))
+            else:
+                run(model, batch)
     missing = [n for n, count in counts.items() if not count]
     if missing:
         raise InputError(f"{missing[0]}: no batch reached it, so its keys have no covariance; give batches of the model's usual inputs")

@@ -1,4 +1,7 @@
-"""GHN-2: a graph hypernetwork that predicts all parameters of an architecture it never saw (Knyazev et al., NeurIPS 2021)."""
+"""GHN-2: a graph hypernetwork that predicts all parameters of an architecture it never saw (Knyazev et al., NeurIPS 2021).
+
+The paper's text and code could not be read here: the formulas are from the abstract and from memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""G.pt: a diffusion transformer over checkpoints that updates a network's weights in one step (Peebles et al., 2022)."""
+"""G.pt: a diffusion transformer over checkpoints that updates a network's weights in one step (Peebles et al., 2022).
+
+The paper's text and code could not be read here: the formulas are from the abstract and from memory.
+"""
 
 from __future__ import annotations
 

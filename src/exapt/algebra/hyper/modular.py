@@ -1,4 +1,7 @@
-"""Surgery on mixtures of experts that became modules: take unused experts out, add new ones (Chen et al.'s modular vision model, 2023)."""
+"""Surgery on mixtures of experts that became modules: take unused experts out, add new ones (Chen et al.'s modular vision model, 2023).
+
+The paper's text and code could not be read here: the formulas are from the abstract and from memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""MPOE: experts that share the central tensor of a matrix product operator (Gao et al., COLING 2022)."""
+"""MPOE: experts that share the central tensor of a matrix product operator (Gao et al., COLING 2022).
+
+The paper's text and code could not be read here: the formulas are from the abstract and from memory.
+"""
 
 from __future__ import annotations
 
