@@ -71,7 +71,7 @@ def the_entry(model: nn.Module) -> Entry:
 def changed(entry: Entry, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The new matrix and bias by the method's definition, one expert after the other; in double precision."""
     method, own = entry.method, entry.holder.tensors()
-    p = {k: t.double() if t.is_floating_point() else t for k, t in entry.tensors(torch.float64).items()}
+    p = {k: t.double() if t.is_floating_point() else t for k, t in entry.tensors(torch.float64).items() if k != "notes"}
 
     def one(p: dict[str, Tensor], w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         with_w = {**p, "W": w} if method.bias_reads_weight else p

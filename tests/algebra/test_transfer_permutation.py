@@ -208,7 +208,6 @@ def test_the_barrier_between_digits_networks_falls() -> None:
     moved = apply_permutation(b, weight_matching(a, b, spec), spec)
     assert loss(moved) == pytest.approx(loss(b), abs=1e-5)
     before, after = interpolation_barrier(loss, a, b, points=5), interpolation_barrier(loss, a, moved, points=5)
-    print(before, after)
     assert before.height > 0.3
     assert after.height < 0.3 * before.height
     merged = loss(merge_tensors("average", [a, moved]))

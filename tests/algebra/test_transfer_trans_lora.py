@@ -128,7 +128,6 @@ def test_a_lora_of_digits_moves_to_a_wider_network() -> None:
     assert 0.02 < found.accepted < 0.9, "the filter refuses some"
     descend(target, exapt.trainable(target), torch.as_tensor(found.inputs), found.answers, 600, 0.03)
     moved, taught = right(target, held, labels), right(source, held, labels)
-    print(before, taught, moved, found.accepted)
     assert taught > 0.85
     assert moved > taught - 0.05
     assert before < 0.5

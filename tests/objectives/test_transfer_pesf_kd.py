@@ -91,6 +91,5 @@ def test_the_sharpness_gap_narrows_on_digits() -> None:
         adapted = z_t + result.parts(h)  # type: ignore[misc]
     plain, gap = ((sharpness(z).mean() - sharpness(z_s).mean()).item() for z in (z_t, adapted))
     accuracy = float(exapt.evaluate(student, task, rows(1000, 1797))["accuracy"])
-    print(plain, gap, accuracy)
     assert abs(gap) < abs(plain)
     assert accuracy > 0.8
