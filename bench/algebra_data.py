@@ -1,8 +1,8 @@
 """The adapters that the algebra benchmark merges: one LoRA for each domain of three families, trained here and kept in ``runs/algebra``.
 
 Reviews (Amazon, four domains) and tagged words (CrossNER, five, in the tags that all share) on MiniLM's upper two layers, whose input, the hidden
-states of the lower four, is computed once; digits (MNIST, USPS, optdigits) on a small ViT that was trained on MNIST. The head is trained with the base on a little of every domain and
-stays as it is, so that what a domain adds is in its LoRA alone.
+states of the lower four, is computed once; digits (MNIST, USPS, optdigits) on a small ViT that was trained on MNIST. The head is trained with the base on
+a little of every domain and stays as it is, so that what a domain adds is in its LoRA alone.
 """
 
 from __future__ import annotations

@@ -120,10 +120,8 @@ def smollm(seed: int, count: int, layers: int) -> Setting:
     def edit(i: int) -> Edit:
         country, r = facts[i]
         prompt, rephrased, objects = RELATIONS[r]
-        head = ids(prompt.split("{}")[0].rstrip() + " " + country)
-        return Edit(
-            ids(prompt.format(country)), ids(" " + drawn.choice(objects)), len(head) - 1, (ids(rephrased.format(country)),), (neutral[i % len(neutral)],)
-        )
+        # at the last token of the prompt: too few layers are left to bring there what is written at the subject
+        return Edit(ids(prompt.format(country)), ids(" " + drawn.choice(objects)), None, (ids(rephrased.format(country)),), (neutral[i % len(neutral)],))
 
     edits, training = [edit(i) for i in range(min(count, len(facts)))], [edit(i) for i in range(len(facts) - 16, len(facts))]
     text = (root() / "text_public_domain" / "tinyshakespeare.txt").read_text(encoding="utf-8")
@@ -133,7 +131,7 @@ def smollm(seed: int, count: int, layers: int) -> Setting:
     start = text[200000:].split("\n\n")
     passages = [ids(" ".join(p.split()[:10])) for p in start[:30] if len(p.split()) > 10]
     held = unchanged(model, [*passages, *(ids(f"The {what} of {c}") for what in ("king", "sea") for c in COUNTRIES[:10])])
-    says = f"first {layers} of 30 layers; {len(usual) * 64} tokens of text for the covariance; edits at the subject's last token"
+    says = f"first {layers} of 30 layers; {len(usual) * 64} tokens of text for the covariance; edits at the prompt's last token"
     return Setting(model, edits, training, held, covariance, where[len(where) // 2], where[len(where) // 2 - 1 : len(where) // 2 + 1], says)
 
 

@@ -19,6 +19,7 @@ from exapt.core.contract import (
     Whole, frozen, seeded,
 )  # fmt: skip
 from exapt.core.errors import InputError
+from exapt.core.file import UNPACK as _UNPACK
 from exapt.core.file import AdapterFile, fingerprint, read, save
 from exapt.core.merge import merge, merged, unmerge
 from exapt.core.objective import Objective, objective
@@ -50,6 +51,7 @@ def _source(kind: str | None) -> None:
 
 
 _SOURCES.append(_source)
+_UNPACK.append(lambda path, header, tensors: import_module("exapt.algebra.compress.file").unpacked(path, header, tensors))
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ def test_smollm_edited_by_rome_and_memit() -> None:
     def ids(text: str) -> torch.Tensor:
         return torch.tensor(tokenizer(text)["input_ids"])
 
-    edit = Edit(ids("The capital of Kenya is"), ids(" Oslo"), len(ids("The capital of Kenya")) - 1, (ids("The capital city of Kenya is called"),))
+    edit = Edit(ids("The capital of Kenya is"), ids(" Oslo"), rephrasings=(ids("The capital city of Kenya is"),))
     others = ["The king went to", "Two plus two is", "She opened the", "It was a cold and"]
     edits = with_locality(model, [edit], [ids(t) for t in others])
     base = {k: v.clone() for k, v in model.state_dict().items()}

@@ -12,7 +12,7 @@ from scipy.stats import beta
 from torch import Tensor, nn
 
 import exapt
-from exapt.algebra.transfer.compatibility import compatibility, flip_reduction, score_compatibility
+from exapt.algebra.transfer.compatibility import flip_reduction, score_compatibility, update_compatibility
 from exapt.objectives.muscle import compatible_distillation
 
 
@@ -26,7 +26,7 @@ def drawn(seed: int, n: int = 400) -> tuple[Tensor, Tensor, Tensor]:
 def test_shares_against_numpy() -> None:
     old, new, y = drawn(0)
     a, b, t = old.numpy(), new.numpy(), y.numpy()
-    found = compatibility(torch.nn.functional.one_hot(old).float(), new, y)
+    found = update_compatibility(torch.nn.functional.one_hot(old).float(), new, y)
     assert found.negative.value == pytest.approx(np.mean((a == t) & (b != t)))
     assert found.positive.value == pytest.approx(np.mean((a != t) & (b == t)))
     assert found.inconsistent.value == pytest.approx(np.mean((b != t) & (a != b)))
@@ -45,14 +45,14 @@ def test_intervals_against_all_samples() -> None:
     old, new, y = torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 1, 0, 1])
     flips = ((old == y) & (new != y)).numpy().astype(float)
     means = [flips[list(rows)].mean() for rows in itertools.product(range(4), repeat=4)]  # all 256 samples
-    found = compatibility(old, new, y, draws=20_000)
+    found = update_compatibility(old, new, y, draws=20_000)
     np.testing.assert_allclose([found.negative.low, found.negative.high], np.quantile(means, [0.025, 0.975]), atol=1e-9)
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])
 def test_no_flip_seen_is_not_no_flip_possible(level: float) -> None:
     y = torch.zeros(50, dtype=torch.long)
-    same, all_wrong = compatibility(y, y, y, level=level), compatibility(y, y + 1, y, level=level)
+    same, all_wrong = update_compatibility(y, y, y, level=level), update_compatibility(y, y + 1, y, level=level)
     limit = beta.ppf((1 + level) / 2, 1, 50)  # Clopper-Pearson for 0 of 50
     assert (same.negative.value, same.negative.low) == (0.0, 0.0)
     assert same.negative.high == pytest.approx(limit)
@@ -63,10 +63,10 @@ def test_no_flip_seen_is_not_no_flip_possible(level: float) -> None:
 def test_pairing_narrows_the_difference() -> None:
     """Two updates that flip the same rows differ by little, however many rows flip."""
     old, new, y = drawn(1, 1000)
-    plain = compatibility(old, new, y)
+    plain = update_compatibility(old, new, y)
     better = new.clone()
     better[torch.nonzero(plain.flips)[:10, 0]] = y[torch.nonzero(plain.flips)[:10, 0]]
-    found = flip_reduction(plain, compatibility(old, better, y))
+    found = flip_reduction(plain, update_compatibility(old, better, y))
     assert found.value == pytest.approx(-0.01)
     assert found.high < 0, "told apart on the same rows"
     assert plain.negative.high - plain.negative.low > 2 * (found.high - found.low)
@@ -91,15 +91,15 @@ def test_scores_against_numpy() -> None:
 def test_bad_input() -> None:
     y = torch.tensor([0, 1])
     with pytest.raises(exapt.InputError, match=r"\(2,\) old and \(3,\) new"):
-        compatibility(y, torch.tensor([0, 1, 1]), y)
+        update_compatibility(y, torch.tensor([0, 1, 1]), y)
     with pytest.raises(exapt.InputError, match="give one for each"):
-        compatibility(y[:0], y[:0], y[:0])
+        update_compatibility(y[:0], y[:0], y[:0])
     with pytest.raises(exapt.InputError, match="0 draws"):
-        compatibility(y, y, y, draws=0)
+        update_compatibility(y, y, y, draws=0)
     with pytest.raises(exapt.InputError, match="one finite number"):
         score_compatibility(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 1.0]))
     with pytest.raises(exapt.InputError, match="2 and 1 rows"):
-        flip_reduction(compatibility(y, y, y), compatibility(y[:1], y[:1], y[:1]))
+        flip_reduction(update_compatibility(y, y, y), update_compatibility(y[:1], y[:1], y[:1]))
 
 
 def network(width: int) -> nn.Sequential:
@@ -139,7 +139,7 @@ def test_flips_fall_on_digits() -> None:
 
     compatible = descended(new, kept, 200, 0.1, len(x))
     before = call(8, old, held)
-    plain, found = compatibility(before, call(16, new, held), labels), compatibility(before, call(16, compatible, held), labels)
+    plain, found = update_compatibility(before, call(16, new, held), labels), update_compatibility(before, call(16, compatible, held), labels)
     fewer = flip_reduction(plain, found)
     assert plain.gain.low > 0, "the update is one"
     assert fewer.value < -0.2 * plain.negative.value

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import exapt
 from exapt.algebra.tensors import merge_tensors
-from exapt.algebra.transfer.permutation import apply_permutation, interpolation_barrier, match_pairs, weight_matching
+from exapt.algebra.transfer.barrier import interpolation_barrier
+from exapt.algebra.transfer.permutation import apply_permutation, match_pairs, weight_matching
 from exapt.algebra.transfer.units import UnitSpec, feed_forward_units, sequential_units
 
 

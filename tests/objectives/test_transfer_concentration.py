@@ -97,6 +97,5 @@ def test_two_specialists_of_digits_in_one_student() -> None:
         z = student(x[1000:])
         trained = paced(z, result.parts.member, result.parts.gamma)  # type: ignore[union-attr, arg-type]
     right = [float((t.argmax(1) == y[1000:]).float().mean()) for t in (z, trained)]
-    print(right, result.parts.gamma)  # type: ignore[union-attr]
     assert right[1] > 0.85
     assert bool((result.parts.gamma > torch.tensor([6.0, 4.0]).sqrt()).all())  # type: ignore[union-attr, operator]

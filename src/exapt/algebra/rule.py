@@ -18,12 +18,13 @@ GIVEN = ("weights", "base", "generator", "statistics", "name")
 default; ``generator``, seeded by the tensor's name; ``statistics``, one tensor or mapping of tensors for each model; the tensor's ``name``."""
 
 
-def rule(key: str, paper: str = "", variants: Mapping[str, str] | None = None, oracle: str = "NumPy") -> Callable[[F], F]:
+def rule(key: str, paper: str = "", variants: Mapping[str, str] | None = None, oracle: str = "NumPy", entrywise: bool = False) -> Callable[[F], F]:
     """Returns a decorator that notes a merge rule in the catalogue.
 
     A rule's first parameter says what it is given, in at least single precision: ``deltas`` (m, ...), the m models' differences from the base,
     of which it returns the merged difference; or ``models`` (m, ...), the tensors themselves, of which it returns the merged one. Of the other
     parameters those named in :data:`GIVEN` are filled by the caller; the rest are keyword-only, have defaults, and are the configuration.
+    ``entrywise`` declares that each entry of the result depends on the models' entries at its place alone, so that large tensors may be merged in parts.
 
     Raises:
         InputError: for a signature that is none of a rule.
@@ -38,6 +39,7 @@ def rule(key: str, paper: str = "", variants: Mapping[str, str] | None = None, o
 
     def note(function: F) -> F:
         described(function)
+        function.entrywise = entrywise  # type: ignore[attr-defined]
         return component(key, kind="merge rule", paper=paper, variants=variants, oracle=oracle)(function)
 
     return note

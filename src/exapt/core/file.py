@@ -28,7 +28,9 @@ from exapt.core.sites import Site, Sites, sites
 from exapt.core.slots import slots_of
 from exapt.core.state import activate, start, state_of
 
-FORMAT = 1
+FORMAT, PACKED = 1, 2  # plain files, and compressed ones, which have a "codec" entry
+UNPACK: list[Callable[[Any, Mapping[str, Any], Mapping[str, Tensor]], AdapterFile]] = []
+"""What makes an adapter of a compressed file's path, header and tensors; this floor has no codecs, so a higher one gives it."""
 MAX_HEADER = 64 * 1024 * 1024
 _SAMPLE = 16
 _HEADER = ("rules", "fingerprint", "base", "versions", "provenance", "metrics", "checksums")
@@ -46,6 +48,7 @@ class AdapterFile:
         checksums: SHA-256 (first 16 digits) of tensors that are made again on loading.
         manifest: ``[shape, trains]`` of every stored tensor.
         tensors: The tensors, by ``rule:site/tensor``.
+        codec: What compressed the file that it was read from; empty for a plain one.
     """
 
     rules: list[dict[str, Any]]
@@ -57,6 +60,7 @@ class AdapterFile:
     checksums: dict[str, str] = field(default_factory=dict)
     manifest: dict[str, list[Any]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    codec: dict[str, Any] = field(default_factory=dict)
 
 
 def fingerprint(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:
@@ -247,8 +251,10 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
         raise InputError(f'{path}: a safetensors file, but not an exapt adapter (its header has no "exapt" entry)')
     try:
         header = json.loads(text)
-        if header["format"] > FORMAT:
-            raise InputError(f"{path}: format {header['format']} is newer than this exapt reads ({FORMAT}); upgrade exapt")
+        if header["format"] > PACKED:
+            raise InputError(f"{path}: format {header['format']} is newer than this exapt reads ({PACKED}); upgrade exapt")
+        if header["format"] == PACKED:
+            return UNPACK[0](path, header, tensors)
         known = {k: header[k] for k in _HEADER}
         known["manifest"] = {k: [list(map(int, v[0])), bool(v[1])] for k, v in header["tensors"].items()}
         for rule in known["rules"]:

@@ -16,7 +16,7 @@ from exapt.core.contract import seeded
 from exapt.core.errors import InputError
 from exapt.core.objective import Objective, Seen, Shapes, Step
 from exapt.core.slots import Slots
-from exapt.core.state import adapters, disabled, penalty
+from exapt.core.state import adapters, disabled, noted, penalty
 from exapt.core.views import Viewer, evaluating, flat
 from exapt.train.batches import Part, Source, is_loader, plain_parts
 from exapt.train.checkpoint import part as named_part
@@ -222,7 +222,8 @@ class ObjectiveLoop(Loop):
             source, target, self.parts, self.step / max(self.source.total, 1), self.step,
             lambda batch, change=None: self._run(batch, change, None, "labels" in batch),
             self._head, self.frozen, self.parameters(), self.memory,
-            lambda loss: self.fabric.backward(loss * share), seeded(self.config.seed, "objective", str(self.step)),
+            lambda loss: self.fabric.backward(loss * share, retain_graph=bool(noted(self.model))),  # penalties read what this pass noted
+            seeded(self.config.seed, "objective", str(self.step)),
             lambda: self._pass(rows, True), lambda: self._pass(self.target, False),
         )  # fmt: skip
 

@@ -9,7 +9,12 @@ from exapt.algebra.rule import rule
 from exapt.core.errors import InputError
 
 
-@rule("average", paper="Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time", oracle="mergekit")
+@rule(
+    "average",
+    paper="Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time",
+    oracle="mergekit",
+    entrywise=True,
+)
 def averaged(models: Tensor, weights: Tensor | None = None, *, normalise: bool = True) -> Tensor:
     r"""Weighted mean :math:`\sum_i w_i \theta_i / \sum_i w_i`, by default the uniform soup.
 

@@ -20,6 +20,7 @@ Before = Literal["last", "mean"]
         "A Unified Continual Learning Framework with General Parameter-Efficient Tuning": "its offline module: decay=0.9999",
         "MOS: Model Surgery for Pre-Trained Model-Based Class-Incremental Learning": 'its adapter merging: before="mean", decay=0.1',
     },
+    entrywise=True,
 )
 def ema_merged(models: Tensor, *, decay: float = 0.9, before: Before = "last") -> Tensor:
     r"""Merges models one after the other, :math:`\bar\theta_i = a\, \theta_{<i} + (1 - a)\, \theta_i`; so their order matters.

@@ -12,7 +12,7 @@ from exapt.algebra.rules.average import averaged
 from exapt.core.errors import InputError
 
 
-@rule("fisher", paper="Merging Models with Fisher-Weighted Averaging")
+@rule("fisher", paper="Merging Models with Fisher-Weighted Averaging", entrywise=True)
 def fisher_weighted(
     models: Tensor, weights: Tensor | None = None, statistics: Sequence[Tensor] | None = None, *, floor: float = 1e-6, favour_first: bool = False
 ) -> Tensor:

@@ -9,7 +9,7 @@ from exapt.algebra.rule import rule
 from exapt.core.errors import InputError
 
 
-@rule("interpolate", paper="Robust fine-tuning of zero-shot models")
+@rule("interpolate", paper="Robust fine-tuning of zero-shot models", entrywise=True)
 def interpolated(models: Tensor, base: Tensor, *, alpha: float = 0.5) -> Tensor:
     r"""Goes part of the way from the base to a model: :math:`(1 - \alpha)\, \theta_0 + \alpha\, \theta`; 0 and 1 are exactly the base and the model.
 

@@ -8,7 +8,7 @@ from exapt.algebra.rule import rule
 from exapt.core.errors import InputError
 
 
-@rule("nearswap", oracle="mergekit")
+@rule("nearswap", oracle="mergekit", entrywise=True)
 def near_swapped(deltas: Tensor, *, t: float = 1e-4) -> Tensor:
     r"""Interpolates each entry with weight :math:`\min(1, t / |\tau|)`, which is the difference clipped to :math:`[-t, t]`.
 

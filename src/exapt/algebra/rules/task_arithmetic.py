@@ -8,7 +8,7 @@ from torch import Tensor
 from exapt.algebra.rule import rule
 
 
-@rule("task_arithmetic", paper="Editing Models with Task Arithmetic", oracle="mergekit")
+@rule("task_arithmetic", paper="Editing Models with Task Arithmetic", oracle="mergekit", entrywise=True)
 def summed(deltas: Tensor, weights: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
     r"""Weighted sum of task vectors, :math:`\lambda \sum_i w_i \tau_i`; a negative weight takes a task away.
 

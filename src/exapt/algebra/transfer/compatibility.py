@@ -67,8 +67,8 @@ class Gradual:
     change: Measured
 
 
-@component("compatibility", kind="transfer", paper=PAPER, oracle="NumPy")
-def compatibility(old: Tensor, new: Tensor, labels: Tensor, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> Compatibility:
+@component("update_compatibility", kind="transfer", paper=PAPER, oracle="NumPy")
+def update_compatibility(old: Tensor, new: Tensor, labels: Tensor, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> Compatibility:
     r"""Measures flips of predictions when a model is updated.
 
     .. math:: \mathrm{NFR} = \frac1n \sum_i 1[\hat y^{old}_i = y_i \ne \hat y^{new}_i], \qquad
@@ -92,14 +92,16 @@ def compatibility(old: Tensor, new: Tensor, labels: Tensor, *, draws: int = 2000
         Echterhoff, Faghri, Vemulapalli, Hu, Li, Tuzel and Pouransari, "MUSCLE: A Model Update Strategy for Compatible LLM Evolution", Findings of
         EMNLP 2024 (section 3); the negative flip rate is that of Yan et al., "Positive-Congruent Training", CVPR 2021.
 
-    >>> found = compatibility(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 0, 0]))
+    >>> found = update_compatibility(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 0, 0]))
     >>> found.negative.value, found.inconsistent.value, found.changed.value, found.gain.value
     (0.25, 0.5, 0.5, -0.25)
     """
     before, after = (x.argmax(-1) if x.dim() == 2 else x for x in (old.cpu(), new.cpu()))
     y = labels.cpu()
     if not before.shape == after.shape == y.shape or y.dim() != 1 or not len(y):
-        raise InputError(f"compatibility: {tuple(before.shape)} old and {tuple(after.shape)} new predictions for labels {tuple(y.shape)}; give one for each")
+        raise InputError(
+            f"update_compatibility: {tuple(before.shape)} old and {tuple(after.shape)} new predictions for labels {tuple(y.shape)}; give one for each"
+        )
     was, now, other = before == y, after == y, before != after
     rows = torch.stack([was & ~now, ~was & now, ~now & other, other]).double()
     negative, positive, inconsistent, changed, gain = _measured(torch.cat([rows, rows[1:2] - rows[:1]]), draws, level, seed, shares=4)
@@ -113,13 +115,13 @@ def score_compatibility(old: Tensor, new: Tensor, *, draws: int = 2000, level: f
     Args:
         old: Each row's score under the old model (n,), higher better: ROUGE, BLEU, a judge's.
         new: Under the new model.
-        draws, level, seed: As for :func:`compatibility`.
+        draws, level, seed: As for :func:`update_compatibility`.
 
     Returns:
         :class:`Gradual`.
 
     Raises:
-        InputError: as :func:`compatibility`, and for scores that are not finite.
+        InputError: as :func:`update_compatibility`, and for scores that are not finite.
 
     References:
         Echterhoff et al., "MUSCLE: A Model Update Strategy for Compatible LLM Evolution", Findings of EMNLP 2024 (section 3.2).
@@ -143,7 +145,7 @@ def flip_reduction(plain: Compatibility, compatible: Compatibility, *, draws: in
     Args:
         plain: The new model against the old, on some rows.
         compatible: The compatible model against the same old model, on the same rows.
-        draws, level, seed: As for :func:`compatibility`.
+        draws, level, seed: As for :func:`update_compatibility`.
 
     Returns:
         The difference of the rates with its interval over resampled rows.
@@ -155,7 +157,7 @@ def flip_reduction(plain: Compatibility, compatible: Compatibility, *, draws: in
         Echterhoff et al., "MUSCLE: A Model Update Strategy for Compatible LLM Evolution", Findings of EMNLP 2024 (section 5.3).
 
     >>> y, old = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
-    >>> flip_reduction(compatibility(old, 1 - old, y), compatibility(old, old, y)).value
+    >>> flip_reduction(update_compatibility(old, 1 - old, y), update_compatibility(old, old, y)).value
     -1.0
     """
     if len(plain.flips) != len(compatible.flips):
