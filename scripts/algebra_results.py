@@ -49,11 +49,14 @@ def merging(found: dict[str, Any]) -> Iterator[str]:
 def editing(found: dict[str, Any]) -> Iterator[str]:
     yield "## Editing"
     yield ""
-    yield found["about"].get("note", "Reliability, generalisation and locality after so many sequential edits, in percent.")
+    yield f"{found['measure'][0].upper()}{found['measure'][1:]}; seeds {', '.join(map(str, found['seeds']))}. Percent of answers."
     yield ""
-    keys = ("model", "method", "edits", "reliability", "generalisation", "locality")
-    body = [[f"{100 * r[k]:.0f}" if isinstance(r.get(k), float) else r.get(k, "") for k in keys] for r in found["table"]]
-    yield from table(list(keys), body)
+    body = []
+    for c in found["cells"].values():
+        body += [
+            [c["model"], f"`{c['method']}`", p["edits"], *(f"{100 * p[k]:.0f}" for k in ("reliability", "generalisation", "locality"))] for p in c["points"]
+        ]
+    yield from table(["model", "method", "edits", "reliability", "generalisation", "locality"], body)
 
 
 def files(found: dict[str, Any]) -> Iterator[str]:

@@ -45,7 +45,7 @@ def _folders() -> dict[Path, str]:
 
 def _source(kind: str | None) -> None:
     """Imports what holds components of a kind; statistics need scikit-learn, which those that train or adapt do not."""
-    rooms = {"objective": ("objectives",), "test-time": ("online",), "guard": ("online",), "merge rule": ("algebra",)}
+    rooms = {"objective": ("objectives",), "test-time": ("online",), "guard": ("online",), "merge rule": ("algebra",), "editor": ("algebra",)}
     for room in rooms.get(kind or "", _ROOMS):
         _imported(Path(__file__).parent / room, f"exapt.{room}")
 
