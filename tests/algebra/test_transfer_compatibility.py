@@ -12,7 +12,7 @@ from scipy.stats import beta
 from torch import Tensor, nn
 
 import exapt
-from exapt.algebra.transfer.compatibility import flip_reduction, score_compatibility, update_compatibility
+from exapt.algebra.transfer.flips import flip_reduction, score_compatibility, update_compatibility
 from exapt.objectives.muscle import compatible_distillation
 
 

@@ -161,7 +161,15 @@ def check(key: str, method: str, by_fit: bool = False) -> None:
 SEVERAL = ("POND",)
 """Objectives of adaptation that learn from several sources."""
 
-FIELDS: dict[str, dict[str, Any]] = {"udim": {"warm_up": 0.0}, "pond": {"channels": tiny.WIDTH}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "udim": {"warm_up": 0.0},
+    "pond": {"channels": tiny.WIDTH},
+    "muscle": {"old": lambda s: torch.zeros_like(s.logits)},
+    "knowledge_concentration": {
+        "verticals": ((0,), tuple(range(1, tiny.CLASSES))),
+        "teachers": (lambda s: torch.zeros_like(s.logits[:, :1]), lambda s: torch.zeros_like(s.logits[:, 1:])),
+    },
+}
 """Fields that an objective needs here in place of its defaults."""
 
 IMAGES = {

@@ -56,7 +56,7 @@ class MUSCLE(Objective):
 
     The loss is :func:`compatible_distillation`; attach the new base's task adapter first, and train it with this. The new model's own logits
     :math:`z^{new}` are noted in one pass before training, a row for each row of the data; for language models, which answer many tokens a row, give
-    ``new``. How compatible two models are tells :func:`exapt.algebra.transfer.compatibility.update_compatibility`.
+    ``new``. How compatible two models are tells :func:`exapt.algebra.transfer.flips.update_compatibility`.
 
     Args:
         old: Takes a batch as the objective sees it (:class:`~exapt.core.objective.Seen`) and returns the old model's logits, of the shape of
