@@ -143,7 +143,7 @@ def reviews(seed: int) -> Family:
 
 
 def tagged(seed: int) -> Family:
-    from shift_transfers import TAGS, common
+    from shift_places import TAGS, common
 
     def make() -> dict[str, Tensor]:
         found = {}

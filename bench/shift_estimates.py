@@ -25,7 +25,8 @@ import torch
 from scipy.special import softmax
 from shift_data import AMAZON, UCI, _aside, cache, cifar10, digits, features
 from shift_models import cifar_input, cifar_resnet, digit_input, digit_model
-from shift_transfers import NETWORKS, about, commit, write
+from shift_places import NETWORKS
+from shift_transfers import about, commit, write
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingClassifier

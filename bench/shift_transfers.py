@@ -28,8 +28,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import softmax
-from shift_data import AMAZON, CROSSNER, UCI, _aside, cache, crossner, digits, features
+from shift_data import cache, digits, features
 from shift_models import digit_input, digit_model
+from shift_paired import score, summary
+from shift_places import (
+    NETWORKS,
+    Array,
+    Transfer,
+    correct,
+    places,
+    scaled,
+    texts,
+)
 from torch import Tensor, nn
 
 import exapt
@@ -51,8 +61,6 @@ from exapt.train.task import Rows, Task
 
 HERE = Path(__file__).resolve().parent
 HIDDEN, BATCH, STEPS, ADAPT_STEPS = 64, 64, 300, 200
-NETWORKS = {"cnn": 5, "vit": 1}
-"""How many pretrained networks of each kind there are; the seeds go through them in turn."""
 GRID: dict[str, tuple[str, tuple[float, ...]]] = {
     "continued": ("", (0.0,)), "iwerm": ("flattening", (0.25, 0.5, 1.0)), "coral": ("weight", (1.0, 30.0, 1000.0)), "dan": ("weight", (0.3, 1.0, 3.0)),
     "dann": ("weight", (0.1, 0.3, 1.0)), "cdan": ("weight", (0.1, 0.3, 1.0)), "mcc": ("weight", (0.1, 0.3, 1.0)), "mdd": ("weight", (0.1, 0.3, 1.0)),
@@ -62,27 +70,6 @@ GRID: dict[str, tuple[str, tuple[float, ...]]] = {
 SHIFTS, RATES = ("lora", "full"), (1e-3, 4e-3)
 SPAM = (0.02, 0.3, 0.5, 0.7, 0.9)
 CLIP = 0.01  # of the domain classifier's probabilities: no weight above 99 times the ratio of sizes
-Array = np.ndarray
-
-
-@dataclass
-class Transfer:
-    """Labelled source, unlabelled target, labelled test.
-
-    Attributes:
-        x, y: Source features (n, d) and classes (n,).
-        pool: Target features (m, d); ``pool_y`` is read by the search on books -> dvd alone.
-        test, test_y: Features and classes of the target's other rows.
-        measure: Predictions to (hits, totals) of every row or sentence; the score is the ratio of their sums: accuracy, or F1 of entities.
-    """
-
-    x: Array
-    y: Array
-    pool: Array
-    pool_y: Array
-    test: Array
-    test_y: Array
-    measure: Callable[[Array], tuple[Array, Array]]
 
 
 class Rated(Task):
@@ -94,142 +81,6 @@ class Rated(Task):
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         return F.cross_entropy(self.call(model, batch), batch["labels"])
-
-
-def halves(x: Array, y: Array, most: int = 2000) -> tuple[Array, Array, Array, Array]:
-    """The target in two halves, in an order that no seed changes."""
-    order = np.random.default_rng(0).permutation(len(y))
-    a, b = np.array_split(order, 2)
-    return x[a[:most]], y[a[:most]], x[b[:most]], y[b[:most]]
-
-
-def scaled(x: Array, *others: Array) -> list[Array]:
-    """Features by the mean and standard deviation of the source."""
-    mean, deviation = x.mean(0), np.maximum(x.std(0), 1e-3)
-    return [((v - mean) / deviation).astype(np.float32) for v in (x, *others)]
-
-
-def correct(y: Array) -> Callable[[Array], tuple[Array, Array]]:
-    """The measure of accuracy."""
-    return lambda found: ((found == y).astype(int), np.ones(len(y), dtype=int))
-
-
-def texts(name: str, source: str, target: str) -> Transfer:
-    found = features(name)
-    x, y = found.of(source)
-    pool, pool_y, test, test_y = halves(*found.of(target))
-    x, pool, test = scaled(x, pool, test)
-    return Transfer(x, y, pool, pool_y, test, test_y, correct(test_y))
-
-
-@torch.inference_mode()
-def seen_by(net: Any, x: Array) -> Array:
-    return torch.cat([net.features(digit_input(x[i : i + 500])) for i in range(0, len(x), 500)]).numpy()
-
-
-def drawn_digits(kind: str, target: str, seed: int) -> Transfer:
-    net, own, other = digit_model(kind, seed % NETWORKS[kind]), digits("mnist")["train"].first(4000), digits(target)
-    pool, test = other["train"].first(2000), other["test"].first(2000)
-    x, p, t = scaled(*(seen_by(net, part.x) for part in (own, pool, test)))
-    return Transfer(x, own.y, p, pool.y, t, test.y, correct(test.y))
-
-
-KINDS = {
-    "person": ("person", "politician", "writer", "musicalartist", "scientist", "researcher"), "location": ("location", "country"),
-    "organisation": ("organisation", "politicalparty", "university", "band"),
-}  # fmt: skip
-"""What the five domains of CrossNER have in common; every other kind of entity is "misc"."""
-TAGS = ("O", *(f"{part}-{kind}" for kind in (*KINDS, "misc") for part in "BI"))
-Sentences = list[tuple[list[str], list[str]]]
-
-
-def common(tag: str) -> int:
-    """A tag's place in ``TAGS``."""
-    part, _, kind = tag.partition("-")
-    return TAGS.index(f"{part}-{next((k for k, v in KINDS.items() if kind in v), 'misc')}") if kind else 0
-
-
-def spans(tags: Array) -> set[tuple[int, int, int]]:
-    """Entities (first, last, kind) of a sentence's tags; an I that continues nothing begins one.
-
-    >>> sorted(spans(np.array([1, 2, 0, 4, 4, 3])))
-    [(0, 1, 0), (3, 4, 1), (5, 5, 1)]
-    """
-    found, start = [], -1
-    for i, tag in enumerate([*tags, 0]):
-        kind = (tag - 1) // 2
-        goes_on = start >= 0 and tag and tag % 2 == 0 and kind == (tags[start] - 1) // 2
-        if start >= 0 and not goes_on:
-            found.append((start, i - 1, int(tags[start] - 1) // 2))
-            start = -1
-        if tag and not goes_on:
-            start = i
-    return set(found)
-
-
-def entities(sentence: Array, gold: Array) -> Callable[[Array], tuple[Array, Array]]:
-    """The measure of F1: twice the entities found and the sum of named and true ones, for every sentence."""
-    cuts = np.flatnonzero(np.diff(sentence)) + 1
-    truth = [spans(part) for part in np.split(gold, cuts)]
-
-    def measure(found: Array) -> tuple[Array, Array]:
-        named = [spans(part) for part in np.split(found, cuts)]
-        return np.array([2 * len(a & b) for a, b in zip(named, truth, strict=True)]), np.array([len(a) + len(b) for a, b in zip(named, truth, strict=True)])
-
-    return measure
-
-
-@torch.inference_mode()
-def embedded_words(sentences: Sentences, batch: int = 32) -> Array:
-    """MiniLM's last hidden state at the first piece of every word, float32 (words, 384)."""
-    from methods import minilm
-
-    model, tokenizer = minilm()
-    found: dict[int, Array] = {}
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i][0]))
-    for part in (order[i : i + batch] for i in range(0, len(order), batch)):
-        given = [sentences[i][0] for i in part]
-        inputs = tokenizer(given, is_split_into_words=True, padding=True, truncation=True, max_length=512, return_tensors="pt")
-        hidden = model(**inputs).last_hidden_state
-        for row, (i, w) in enumerate(zip(part, given, strict=True)):
-            first = {k: j for j, k in reversed(list(enumerate(inputs.word_ids(row)))) if k is not None}
-            if len(first) < len(w):
-                raise SystemExit(f"crossner: a sentence of {len(w)} words has words without a piece, or is too long")
-            found[i] = hidden[row, [first[k] for k in range(len(w))]].numpy()
-    return np.concatenate([found[i] for i in range(len(sentences))])
-
-
-def words(target: str) -> Transfer:
-    """Training sentences of four domains to the fifth, whose training sentences are the pool; the first 300 test sentences."""
-    sentences = {(d, part): parts[part][: 300 if part == "test" else None] for d, parts in crossner().items() for part in ("train", "test")}
-    kept = cache() / "minilm_crossner.npz"
-    if not kept.exists():
-        every = embedded_words([s for v in sentences.values() for s in v])
-        ends = np.cumsum([sum(len(w) for w, _ in v) for v in sentences.values()])[:-1]
-        _aside(kept, **{f"{d}_{part}": x for (d, part), x in zip(sentences, np.split(every, ends), strict=True)})
-    with np.load(kept) as z:
-        x = {key: z[f"{key[0]}_{key[1]}"] for key in sentences}
-    y = {key: np.array([common(t) for _, tags in v for t in tags]) for key, v in sentences.items()}
-    assert all(len(x[k]) == len(y[k]) for k in x)
-    others = [(d, "train") for d in CROSSNER if d != target]
-    some = np.random.default_rng(0).permutation(sum(len(y[k]) for k in others))[:8000]
-    source, source_y = (np.concatenate([v[k] for k in others])[some] for v in (x, y))
-    here = np.random.default_rng(0).permutation(len(y[target, "train"]))[:3000]
-    sentence = np.repeat(np.arange(len(sentences[target, "test"])), [len(w) for w, _ in sentences[target, "test"]])
-    gold = y[target, "test"]
-    a, pool, test = scaled(source, x[target, "train"][here], x[target, "test"])
-    return Transfer(a, source_y, pool, y[target, "train"][here], test, gold, entities(sentence, gold))
-
-
-def places(quick: bool = False) -> Iterator[tuple[str, str, Callable[[int], Transfer]]]:
-    """Family, name and loader of every transfer; the one on which all is frozen comes first."""
-    for name, domains in (("amazon", AMAZON), ("uci", UCI)):
-        for a, b in itertools.islice(itertools.permutations(domains, 2), 1 if quick else None):
-            yield name, f"{a} -> {b}", lambda _, n=name, s=a, t=b: texts(n, s, t)
-    for kind, target in () if quick else itertools.product(NETWORKS, ("usps", "optdigits")):
-        yield "digits", f"{kind}: mnist -> {target}", lambda seed, k=kind, t=target: drawn_digits(k, t, seed)
-    for target in () if quick else CROSSNER:
-        yield "crossner", f"others -> {target}", lambda _, t=target: words(t)
 
 
 def config(seed: int, steps: int, rate: float) -> FitConfig:
@@ -332,11 +183,6 @@ def selected(found: dict[str, dict[str, float]], accuracy: dict[str, float]) -> 
     names = [k for k in next(iter(found.values())) if all(np.isfinite(v[k]) for v in found.values())]
     choice = choose_model({k: {c: v[k] for c, v in found.items()} for k in names}, oracle=accuracy)
     return {"name": choice.name, "abstained": choice.abstained, "reason": choice.reason, "agreement": choice.agreement, "regret": choice.regret}
-
-
-def score(counts: tuple[Any, Any]) -> float:
-    """The ratio of the sums of hits and totals."""
-    return float(np.sum(counts[0]) / max(1, np.sum(counts[1])))
 
 
 def transfer_cell(t: Transfer, seed: int, chosen: dict[str, dict[str, Any]], quick: bool) -> dict[str, Any]:
@@ -460,71 +306,6 @@ def work(seeds: int, worker: tuple[int, int], quick: bool, families: list[str]) 
         for name, result in spam_cells(seed, 20 if quick else STEPS):
             write(named(folder, "spam", name, seed), {"family": "spam", "transfer": name, "seed": seed, **result})
             print("spam", name, seed, {k: round(100 * score(v), 1) for k, v in result["counts"].items()}, flush=True)
-
-
-@functools.lru_cache(maxsize=16)
-def resamples(seeds: int, rows: int, draws: int, number: int) -> tuple[Array, Array]:
-    """How often each seed (draws, seeds) and each row (draws, rows) is drawn, the same for every method on transfer ``number`` of a mean."""
-    rng = np.random.default_rng(number)
-    made = (rng.multinomial(n, np.full(n, 1 / n), draws).astype(np.float32) for n in (seeds, rows))
-    return next(made), next(made)
-
-
-def paired(parts: list[tuple[Array, Array]], draws: int = 2000) -> dict[str, float]:
-    """The mean over transfers of a method's score less that of source-only, with its paired 95 % bootstrap interval.
-
-    In every resample each transfer draws its seeds and its test rows anew, the same for both.
-
-    Args:
-        parts: For each transfer counts of the method and of source-only, each (2, seeds, rows): hits and totals.
-
-    >>> one = np.array([[[1, 1, 0, 1]], [[1, 1, 1, 1]]])
-    >>> paired([(one, one * [[[0]], [[1]]])])["difference"]
-    0.75
-    """
-    replicates, values = [], []
-    for number, pair in enumerate(parts):
-        w_seed, w_row = resamples(*pair[0].shape[1:], draws, number)
-        sums = [[np.einsum("ds,sd->d", w_seed, v.astype(np.float32) @ w_row.T) for v in counts] for counts in pair]
-        replicates.append(sums[0][0] / np.maximum(sums[0][1], 1) - sums[1][0] / np.maximum(sums[1][1], 1))
-        values.append(score((pair[0][0], pair[0][1])) - score((pair[1][0], pair[1][1])))
-    low, high = np.quantile(np.mean(replicates, 0), [0.025, 0.975])
-    return {"difference": float(np.mean(values)), "low": float(low), "high": float(high)}
-
-
-def gathered(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Counts by family, transfer and method, (2, seeds, rows); the choice without labels and the oracle are methods too."""
-    out: dict[str, dict[str, Any]] = {}
-    for cell in sorted(found, key=lambda c: c["seed"]):
-        counts = dict(cell["counts"])
-        if "selected" in cell:
-            counts["selected"] = counts[cell["selected"]["name"]]
-            counts["(oracle)"] = counts[max(cell["counts"], key=lambda k: score(cell["counts"][k]))]
-        place = out.setdefault(cell["family"], {}).setdefault(cell["transfer"], {})
-        for key, value in counts.items():
-            place.setdefault(key, []).append(value)
-    return {f: {t: {k: np.array(v).transpose(1, 0, 2) for k, v in m.items()} for t, m in by.items()} for f, by in out.items()}
-
-
-def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores and paired differences, for each transfer and for each family without books -> dvd."""
-    out: dict[str, Any] = {}
-    for family, by in gathered(found).items():
-        each: dict[str, dict[str, Any]] = {t: {} for t in by}
-        for t, m in by.items():
-            for key, v in m.items():
-                each[t][key] = {"score": score((v[0], v[1])), "seeds": [score(c) for c in zip(*v, strict=True)], **paired([(v, m["source"])])}
-        kept = {t: m for t, m in by.items() if t != "books -> dvd"}
-        means = {}
-        for key in next(iter(by.values())) if kept else ():
-            lows, highs = ([each[t][key][end] for t in kept] for end in ("low", "high"))
-            means[key] = {
-                "score": float(np.mean([each[t][key]["score"] for t in kept])), **paired([(m[key], m["source"]) for m in kept.values()]),
-                "worst": float(min(each[t][key]["difference"] for t in kept)), "better": sum(v > 0 for v in lows), "worse": sum(v < 0 for v in highs),
-                "transfers": len(kept),
-            }  # fmt: skip
-        out[family] = {"mean": means, "transfers": each}
-    return out
 
 
 def about(command: str) -> dict[str, Any]:

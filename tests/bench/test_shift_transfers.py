@@ -37,30 +37,30 @@ def blobs(seed: int, n: int = 120, move: float = 0.0, share: float = 0.5) -> tup
 
 def tiny(transfers: ModuleType) -> object:
     x, y = blobs(0)
-    pool, pool_y, test, test_y = transfers.halves(*blobs(1, move=1.0))
-    return transfers.Transfer(x, y, pool, pool_y, test, test_y, transfers.correct(test_y))
+    pool, pool_y, test, test_y = importlib.import_module("shift_places").halves(*blobs(1, move=1.0))
+    return importlib.import_module("shift_places").Transfer(x, y, pool, pool_y, test, test_y, importlib.import_module("shift_places").correct(test_y))
 
 
 def test_the_target_is_halved_the_same_way_every_time(transfers: ModuleType) -> None:
     x, y = np.arange(11.0)[:, None], np.arange(11)
-    a, a_y, _, b_y = transfers.halves(x, y)
+    a, a_y, _, b_y = importlib.import_module("shift_places").halves(x, y)
     assert sorted([*a_y, *b_y]) == list(range(11))
     np.testing.assert_array_equal(a[:, 0], a_y)
-    np.testing.assert_array_equal(transfers.halves(x, y)[3], b_y)
+    np.testing.assert_array_equal(importlib.import_module("shift_places").halves(x, y)[3], b_y)
 
 
 def test_entities_and_their_f1(transfers: ModuleType) -> None:
     tag = transfers.TAGS.index
     gold = np.array([tag(t) for t in ("B-person", "I-person", "O", "B-location", "B-location", "O", "B-misc", "I-misc")])
     said = np.array([tag(t) for t in ("B-person", "I-person", "O", "B-location", "I-location", "B-misc", "I-person", "I-misc")])
-    assert transfers.spans(gold) == {(0, 1, 0), (3, 3, 1), (4, 4, 1), (6, 7, 3)}
-    assert transfers.spans(said) == {(0, 1, 0), (3, 4, 1), (5, 5, 3), (6, 6, 0), (7, 7, 3)}
-    hits, totals = transfers.entities(np.array([0, 0, 0, 1, 1, 1, 1, 1]), gold)(said)
+    assert importlib.import_module("shift_places").spans(gold) == {(0, 1, 0), (3, 3, 1), (4, 4, 1), (6, 7, 3)}
+    assert importlib.import_module("shift_places").spans(said) == {(0, 1, 0), (3, 4, 1), (5, 5, 3), (6, 6, 0), (7, 7, 3)}
+    hits, totals = importlib.import_module("shift_places").entities(np.array([0, 0, 0, 1, 1, 1, 1, 1]), gold)(said)
     assert hits.tolist() == [2, 0]
     assert totals.tolist() == [2, 7]  # precision 1 of 5, recall 1 of 4: F1 = 2 / 9
-    assert transfers.score((hits, totals)) == pytest.approx(2 / 9)
-    assert transfers.common("I-politician") == tag("I-person")
-    assert transfers.common("B-algorithm") == tag("B-misc")
+    assert importlib.import_module("shift_paired").score((hits, totals)) == pytest.approx(2 / 9)
+    assert importlib.import_module("shift_places").common("I-politician") == tag("I-person")
+    assert importlib.import_module("shift_places").common("B-algorithm") == tag("B-misc")
 
 
 def test_paired_intervals(transfers: ModuleType) -> None:
@@ -69,16 +69,16 @@ def test_paired_intervals(transfers: ModuleType) -> None:
     base = (rng.random((5, 400)) < 0.7).astype(int)
     better = np.maximum(base, rng.random((5, 400)) < 0.1)
     as_counts = [np.stack([v, ones]) for v in (better, base)]
-    found = transfers.paired([tuple(as_counts)])
+    found = importlib.import_module("shift_paired").paired([tuple(as_counts)])
     assert found["difference"] == pytest.approx(better.mean() - base.mean())
     assert 0 < found["low"] < found["difference"] < found["high"]
-    same = transfers.paired([(as_counts[1], as_counts[1])] * 2)
+    same = importlib.import_module("shift_paired").paired([(as_counts[1], as_counts[1])] * 2)
     assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
     # The plain bootstrap of rows alone, for one seed.
     one = [c[:, :1] for c in as_counts]
     gap = one[0][0, 0] - one[1][0, 0]
     plain = np.quantile(rng.choice(gap, (4000, 400)).mean(1), [0.025, 0.975])
-    np.testing.assert_allclose([transfers.paired([tuple(one)])[k] for k in ("low", "high")], plain, atol=0.006)
+    np.testing.assert_allclose([importlib.import_module("shift_paired").paired([tuple(one)])[k] for k in ("low", "high")], plain, atol=0.006)
 
 
 def test_a_whole_cell_and_its_collection(transfers: ModuleType) -> None:
@@ -91,10 +91,10 @@ def test_a_whole_cell_and_its_collection(transfers: ModuleType) -> None:
     assert all(np.shape(v) == (2, 60) for v in found[0]["counts"].values())
     assert found[0]["selected"]["name"] in found[0]["counts"]
     assert 1 <= found[0]["ess"] <= found[0]["source_rows"] == 96
-    mean = transfers.summary(found)["f"]["mean"]
+    mean = importlib.import_module("shift_paired").summary(found)["f"]["mean"]
     assert mean["source"]["difference"] == 0
     assert mean["(oracle)"]["score"] >= mean["selected"]["score"]
-    table = transfers.table({"families": transfers.summary(found)})
+    table = transfers.table({"families": importlib.import_module("shift_paired").summary(found)})
     assert "| coral |" in table
 
 
