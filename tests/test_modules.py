@@ -39,6 +39,7 @@ REFUSALS: dict[str, dict[tuple[str, ...], str]] = {
     "increlora": {EXPERTS: "follows the gradient of one matrix"},
     "npas": {EXPERTS: "generates single matrices"},
     "oft": {("embedding",): "an embedding's are token ids"},
+    "partial_lora": {("embedding", "attention", *CONVOLUTIONS, *EXPERTS): "tells tokens apart in linear layers only"},
     "qgoft": {("embedding",): "an embedding's are token ids"},
     "spiel": {EXPERTS: "follows the gradient of one matrix"},
 }
@@ -130,11 +131,15 @@ def test_layer(cls: type[WeightMethod], name: str) -> None:
     for path, a, b in zip([*parameters, "input"], gradients(y, targets), gradients(expected, targets), strict=False):
         assert near(a, b, 1e-7), path
         assert "gradient" in cls.exceptions or a.any(), f"{path} has no gradient"
-    exapt.merge(model)
-    assert type(model.layer) is layer_class
-    assert near(model(x), y, 1e-9)
-    exapt.unmerge(model)
-    assert torch.equal(model(x), y)
+    if cls.mergeable:
+        exapt.merge(model)
+        assert type(model.layer) is layer_class
+        assert near(model(x), y, 1e-9)
+        exapt.unmerge(model)
+        assert torch.equal(model(x), y)
+    else:
+        with pytest.raises(exapt.InputError, match="has no merged form"):
+            exapt.merge(model)
     exapt.detach(model)
     assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items())
     assert torch.equal(model(x), before)
@@ -200,7 +205,7 @@ def test_quantised_linear(cls: type[WeightMethod], quantise: Any) -> None:
     assert near(y.double(), x.double() @ new_w.T + new_b, 0.02 if nf4_is_packed(model) else 1e-4)
     for path, g in zip(exapt.trainable(model), gradients(y, list(exapt.trainable(model).values())), strict=True):
         assert "gradient" in cls.exceptions or g.any(), f"{path} has no gradient"
-    with pytest.raises(exapt.InputError, match=r"^layer: its weight is quantised and cannot take a merge"):
+    with pytest.raises(exapt.InputError, match=r"^layer: its weight is quantised and cannot take a merge" if cls.mergeable else "has no merged form"):
         exapt.merge(model)
     exapt.detach(model)
     assert torch.equal(model(x), before)

@@ -42,7 +42,7 @@ class Delta(WeightMethod):
     def init(self, site: Site) -> Tensors:
         d_out, d_in = site.shape
         found = {"D": torch.zeros(d_out, d_in, device=site.device)}
-        return {**found, "d": torch.zeros(d_out, device=site.device)} if site.layer is not None and site.layer.bias else found
+        return {**found, "d": torch.zeros(d_out, device=site.device)} if site.bias is not None else found
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return w + p["D"]

@@ -350,8 +350,10 @@ class ActivationMixture(_Mixed, ActivationMethod):
         top_p: As many act as hold this share of the probability; 1: all.
         normalise: Whether the softmax is over those that act (``"after"`` they are chosen) or all (``"before"``).
         tasks: Number of tasks of the router ``"task"``.
-        balance: Weight of the load-balancing loss, z: of the router z-loss.
-        train_experts: Whether the experts train, or the router alone; seed: of the hash.
+        balance: Weight of the load-balancing loss.
+        z: Weight of the router z-loss.
+        train_experts: Whether the experts train, or the router alone.
+        seed: Seed of the hash.
         sees: Whether the router sees the module's ``"output"`` or its ``"input"``.
 
     Parameters per site:
