@@ -6,12 +6,11 @@ python scripts/algebra_results.py --check    changes nothing; exit status 1 if i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shift_results import points, read, table
+from shift_results import points, read, settle, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "algebra_results.md"
@@ -77,15 +76,5 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> None:
-    made = page()
-    if "--check" not in sys.argv:
-        PAGE.write_text(made, encoding="utf-8")
-        print(f"wrote {PAGE.relative_to(ROOT)}")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != made:
-        print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/algebra_results.py", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    settle(PAGE, page(), "algebra_results.py")

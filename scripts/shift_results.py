@@ -144,15 +144,15 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> None:
-    made = page()
+def settle(page: Path, made: str, script: str) -> None:
+    """Writes a page, or with ``--check`` ends with status 1 where it is another."""
     if "--check" not in sys.argv:
-        PAGE.write_text(made, encoding="utf-8")
-        print(f"wrote {PAGE.relative_to(ROOT)}")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != made:
-        print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/shift_results.py", file=sys.stderr)
+        page.write_text(made, encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}")
+    elif not page.exists() or page.read_text(encoding="utf-8") != made:
+        print(f"{page.relative_to(ROOT)} is out of date: run python scripts/{script}", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    settle(PAGE, page(), "shift_results.py")
