@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache as _cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def _folders() -> dict[Path, str]:
     return {Path(__file__).parent / room: f"exapt.{room}" for room in _ROOMS}
 
 
+@_cache
 def _source(kind: str | None) -> None:
     """Imports what holds components of a kind; statistics need scikit-learn, which those that train or adapt do not."""
     rooms = {"objective": ("objectives",), "test-time": ("online",), "guard": ("online",), "merge rule": ("algebra",), "editor": ("algebra",)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from exapt.algebra.rule import Described, rule_of
 from exapt.algebra.shards import INDEX, SINGLE, Layout, Shards, Writer, laid_out, size_of
-from exapt.algebra.tensors import check_trees, merged_tensors
+from exapt.algebra.tensors import check_trees, is_finite, merged_tensors
 from exapt.core import __version__
 from exapt.core.errors import InputError
 
@@ -161,7 +161,7 @@ class Plan:
     def parts(self) -> dict[str, Part]:
         """Tensors whole; or in parts that all models' fit into a block, if the rule says of itself that it works entry by entry."""
         apart = {"generator", "name"} & set(self.rule.given)  # draws and names go by whole tensors
-        whole = not getattr(self.rule.function, "entrywise", False) or bool(apart) or not all(map(self._like_first, self.statistics or ()))
+        whole = not self.rule.entrywise or bool(apart) or not all(map(self._like_first, self.statistics or ()))
         step = max(1, BLOCK // (len(self.models) + 1))
         parts: dict[str, Part] = {}
         for name, s in self.first.entries.items():
@@ -270,8 +270,7 @@ def _check_stored(first: Shards, models: Sequence[Shards], kind: torch.dtype | N
 
 
 def _finite(tensor: Tensor, name: str, rule: Described) -> Tensor:
-    # The extremes, which NaN passes through, tell it many times as fast as a look at every entry.
-    if tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+    if not is_finite(tensor):
         said = f"{name}: merged by {rule.function.__name__} it holds NaN or infinity in {tensor.dtype}"
         raise InputError(f"{said}; look at the base and the weights, or write a wider dtype")
     return tensor

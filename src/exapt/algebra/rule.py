@@ -54,12 +54,14 @@ class Described:
         on_deltas: Whether it is given differences from a base, which is then needed.
         given: Which of :data:`GIVEN` it takes.
         config: Its configuration, with the defaults.
+        entrywise: Whether it says of itself that each entry depends on the models' entries at its place alone.
     """
 
     function: Callable[..., Tensor]
     on_deltas: bool
     given: tuple[str, ...]
     config: Mapping[str, Any]
+    entrywise: bool = False
 
     @property
     def needs_base(self) -> bool:
@@ -89,7 +91,8 @@ def described(function: Callable[..., Tensor]) -> Described:
     odd = [p.name for p in own if p.kind is not p.KEYWORD_ONLY or p.default is p.empty]
     if odd:
         raise InputError(f"{function.__name__}: {odd[0]} must be keyword-only and have a default, as all of a rule's configuration")
-    return Described(function, parameters[0].name == "deltas", tuple(p.name for p in parameters[1:] if p.name in GIVEN), {p.name: p.default for p in own})
+    given = tuple(p.name for p in parameters[1:] if p.name in GIVEN)
+    return Described(function, parameters[0].name == "deltas", given, {p.name: p.default for p in own}, getattr(function, "entrywise", False))
 
 
 def rule_of(rule: str | Callable[..., Tensor]) -> Described:

@@ -35,6 +35,12 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def told_apart(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """What is to be merged, and the rule's settings, which follow it."""
+    cut = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
+    return list(words[:cut]), settings_of(words[cut:])
+
+
 def read_shifts(files: Sequence[Path], model: str | None, labels: Sequence[str] | None = None) -> list[Any]:
     """What adapters add to the weights; with the base where one is named."""
     from exapt.algebra.adapters import shifts_of
@@ -92,17 +98,16 @@ def merge_adapters(
     """
     from exapt.algebra.adapters import combined
 
-    words = list(files_and_settings)
-    cut = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
-    files, settings = [Path(w) for w in words[:cut]], settings_of(words[cut:])
+    files, settings = told_apart(files_and_settings)
     if not files:
         raise InputError("merge-adapters needs adapter files")
-    given = None if weights is None else _numbers(weights)
-    found = combined(rule, read_shifts(files, model), given, missing=missing, seed=seed, force=force, **settings)
-    _written(found, output, rank, {"merged": [str(f) for f in files], "rule": rule, "weights": given, "settings": settings}, json)
+    given = None if weights is None else numbers(weights)
+    found = combined(rule, read_shifts([Path(f) for f in files], model), given, missing=missing, seed=seed, force=force, **settings)
+    _written(found, output, rank, {"merged": files, "rule": rule, "weights": given, "settings": settings}, json)
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
+    """The numbers of ``--weights``."""
     try:
         return [float(w) for w in text.split(",")]
     except ValueError as e:

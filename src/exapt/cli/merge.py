@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from exapt.cli.algebra import Output, Settings, _numbers, settings_of
+from exapt.cli.algebra import Output, Settings, numbers, told_apart
 from exapt.core.errors import InputError
 
 Several = Annotated[list[Path] | None, Parameter(negative="", consume_multiple=False)]
@@ -40,13 +40,11 @@ def merge_models(
     from exapt.algebra.files import merge_files
     from exapt.algebra.rule import rule_of
 
-    words = list(models_and_settings)
-    cut = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
-    models, settings = words[:cut], settings_of(words[cut:])
+    models, settings = told_apart(models_and_settings)
     if not models:
         raise InputError("merge-models needs models: exapt merge-models A B -o C")
     _refuse_words(rule, rule_of(rule).checked(settings), rule_of(rule).config)
-    given = None if weights is None else _numbers(weights)
+    given = None if weights is None else numbers(weights)
     started = time.perf_counter()
     made = merge_files(
         rule, models, output, base, given, shard_size=shard_size, dtype=dtype, seed=seed, statistics=statistics, overwrite=overwrite, **settings

@@ -48,3 +48,12 @@ def check_finite(method: Method, site: Site, tensor: Tensor, what: str = "weight
     """Refuses to decompose a tensor that holds NaN or infinity."""
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(f"{site.name or '(model)'}: its {what} holds NaN or infinite values; {method.key} cannot start from it")
+
+
+def check_tasks(method: Method, ids: Tensor, rows: int, count: int, what: str = "tasks", one: str = "id") -> Tensor:
+    """Returns the rows' ``task_ids`` (rows,), after refusing those of another batch and numbers of none of the ``count`` tasks."""
+    if ids.shape != (rows,):
+        raise InputError(f"{method.key} was given task_ids of shape {tuple(ids.shape)} for a batch of {rows} rows; give one {one} per row")
+    if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise InputError(f"{method.key} was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {count} {what}, from 0")
+    return ids

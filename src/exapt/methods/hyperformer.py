@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exapt.core.checks import check_tasks
 from exapt.core.contract import ActivationMethod, Tensors, frozen
 from exapt.core.errors import InputError
 from exapt.core.registry import register
@@ -136,7 +137,7 @@ class HyperFormer(ActivationMethod):
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
         w = self.emitted(p)
         if self.n_tasks > 1:
-            ids = rows_of(p["call.task_ids"], len(h), self.n_tasks, "hyperformer")
+            ids = check_tasks(self, p["call.task_ids"], len(h), self.n_tasks)
             w = {k: t[ids] for k, t in w.items()}
         d = h.shape[-1]
         inner = affine(h.reshape(len(h), -1, d), w["D"].unflatten(-1, (-1, d)), w["b_D"])
@@ -160,12 +161,3 @@ def places(names: Sequence[str]) -> list[tuple[int, int]]:
 def affine(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """A linear layer of its own for each row, or one for all: x (rows, n, d_in), w (rows or 1, d_out, d_in), b (rows or 1, d_out)."""
     return F.linear(x, w[0], b[0]) if len(w) == 1 else torch.baddbmm(b[:, None], x, w.mT)
-
-
-def rows_of(ids: Tensor, rows: int, tasks: int, key: str) -> Tensor:
-    """The rows' tasks, after a look at them."""
-    if ids.shape != (rows,):
-        raise InputError(f"{key} was given task_ids of shape {tuple(ids.shape)} for a batch of {rows} rows; give one id per row")
-    if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < tasks:
-        raise InputError(f"{key} was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {tasks} tasks, from 0")
-    return ids

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from exapt.core.base import Base
-from exapt.core.checks import check_rank
+from exapt.core.checks import check_rank, check_tasks
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
 from exapt.core.registry import register
@@ -91,9 +91,6 @@ class MTLLoRA(WeightMethod):
         if self.n_tasks == 1:
             return base.low_rank(x, p["A"], self._up(p)[0], self.alpha / self.rank)
         ids, y = p["call.task_ids"].to(x.device), base(x)
-        if ids.shape != x.shape[:1]:
-            raise InputError(f"mtl_lora was given task_ids of shape {tuple(ids.shape)} for a batch of {len(x)} rows; give one id per row")
-        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_tasks:
-            raise InputError(f"mtl_lora was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {self.n_tasks} tasks, from 0")
+        ids = check_tasks(self, ids, len(x), self.n_tasks)
         low = x.to(y.dtype).reshape(len(x), -1, x.shape[-1]) @ p["A"].T.to(y.dtype)
         return torch.add(y, (low @ self._up(p)[ids].mT.to(y.dtype)).view(y.shape), alpha=self.alpha / self.rank)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exapt.core.checks import check_tasks
 from exapt.core.contract import ActivationMethod, Tensors, frozen
 from exapt.core.errors import InputError
 from exapt.core.registry import register
@@ -132,11 +133,7 @@ class PHA(ActivationMethod):
 
     def _tasks(self, p: Tensors, rows: int) -> Tensor:
         ids = p["call.task_ids"]
-        if ids.shape != (rows,):
-            raise InputError(f"pha was given task_ids of shape {tuple(ids.shape)} for a batch of {rows} rows; give one id per row")
-        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_tasks:
-            raise InputError(f"pha was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {self.n_tasks} tasks, from 0")
-        return ids
+        return check_tasks(self, ids, rows, self.n_tasks)
 
     def penalty(self, p: Tensors, w: Tensor) -> Tensor | None:
         notes = cast(Tensors, p["notes"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exapt.core.base import Base
-from exapt.core.checks import check_divides, check_rank
+from exapt.core.checks import check_divides, check_rank, check_tasks
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
 from exapt.core.registry import register
@@ -116,11 +116,7 @@ class Poly(WeightMethod):
         if self.n_tasks == 1:
             return torch.zeros(len(x), dtype=torch.long, device=x.device)
         ids = p["call.task_ids"].to(x.device)
-        if ids.shape != x.shape[:1]:
-            raise InputError(f"poly was given task_ids of shape {tuple(ids.shape)} for a batch of {len(x)} rows; give one id per row")
-        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_tasks:
-            raise InputError(f"poly was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {self.n_tasks} tasks, from 0")
-        return ids
+        return check_tasks(self, ids, len(x), self.n_tasks)
 
     def _factors(self, p: Tensors, logits: Tensor) -> tuple[Tensor, Tensor]:
         """``A`` (..., d_in, rank) and ``B`` (..., rank, d_out) mixed by ``logits`` (..., n_splits, n_skills)."""

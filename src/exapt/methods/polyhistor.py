@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exapt.core.checks import check_tasks
 from exapt.core.contract import ActivationMethod, Tensors
 from exapt.core.errors import InputError
 from exapt.core.registry import register
@@ -122,9 +123,6 @@ class Polyhistor(ActivationMethod):
         if self.n_tasks == 1:
             return h + F.linear(getattr(F, self.activation)(F.linear(h, down[0])), up[0])
         ids = p["call.task_ids"]
-        if ids.shape != (len(h),):
-            raise InputError(f"polyhistor was given task_ids of shape {tuple(ids.shape)} for a batch of {len(h)} rows; give one id per row")
-        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_tasks:
-            raise InputError(f"polyhistor was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {self.n_tasks} tasks, from 0")
+        ids = check_tasks(self, ids, len(h), self.n_tasks)
         inner = getattr(F, self.activation)(torch.bmm(h.reshape(len(h), -1, h.shape[-1]), down[ids].mT))
         return h + torch.bmm(inner, up[ids].mT).view(h.shape)

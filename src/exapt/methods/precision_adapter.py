@@ -82,6 +82,12 @@ class _Rounding:
 
     inner: Any
     bits: int
+    paper = "Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy"
+    equation = r"\hat w = \mu + \sigma\, q((w - \mu) / \sigma)"
+    golden = "NumPy"
+    exceptions: ClassVar[Mapping[str, str]] = {
+        "identity": "a matrix of zeros has no distribution to standardise, so it begins at small random values, as in the authors' code"
+    }
     full_precision: ClassVar[bool] = True  # the codes are those of the float32 values; what they stand for is cast after
 
     def _refuse(self, kind: type[Method]) -> None:
@@ -179,11 +185,7 @@ class Quantised(_Rounding, WeightMethod):
     """
 
     key = "quantised"
-    paper = "Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy"
-    equation = r"\hat w = \mu + \sigma\, q((w - \mu) / \sigma)"
-    golden = "NumPy"
     example: ClassVar = "LoRA()"
-    exceptions: ClassVar = {"identity": "a matrix of zeros has no distribution to standardise, so it begins at small random values, as in the authors' code"}
 
     inner: Method = field(default_factory=lambda: method("lora"))
     bits: int = 1
@@ -216,11 +218,7 @@ class QuantisedAdapter(_Rounding, ActivationMethod):
     """
 
     key = "quantised_adapter"
-    paper = "Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy"
-    equation = r"\hat w = \mu + \sigma\, q((w - \mu) / \sigma)"
-    golden = "NumPy"
     example: ClassVar = "BottleneckAdapter()"
-    exceptions: ClassVar = {"identity": "a matrix of zeros has no distribution to standardise, so it begins at small random values, as in the authors' code"}
 
     inner: Method = field(default_factory=lambda: method("adapter"))
     bits: int = 1

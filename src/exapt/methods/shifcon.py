@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exapt.core.calibrate import calibrate
+from exapt.core.checks import check_tasks
 from exapt.core.contract import ActivationMethod, Tensors, frozen
 from exapt.core.errors import InputError
 from exapt.core.registry import register
@@ -84,11 +85,7 @@ class ShifCon(ActivationMethod):
 
     def _ids(self, p: Tensors, x: Tensor) -> Tensor:
         ids = p["call.task_ids"].to(x.device)
-        if ids.shape != x.shape[:1]:
-            raise InputError(f"shifcon was given task_ids of shape {tuple(ids.shape)} for a batch of {len(x)} rows; give one language per row")
-        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < self.languages:
-            raise InputError(f"shifcon was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {self.languages} languages, from 0")
-        return ids
+        return check_tasks(self, ids, len(x), self.languages, "languages", "language")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from exapt.core.base import Base
+from exapt.core.checks import check_tasks
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
 from exapt.core.registry import register
@@ -86,8 +87,4 @@ class Upcycled(WeightMethod):
         return y + own.view(y.shape)
 
     def _domains(self, ids: Tensor, x: Tensor) -> Tensor:
-        if ids.shape != x.shape[:1]:
-            raise InputError(f"upcycled was given task_ids of shape {tuple(ids.shape)} for a batch of {len(x)} rows; give one id per row")
-        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < self.experts:
-            raise InputError(f"upcycled was given task_ids from {int(ids.min())} to {int(ids.max())}; it has {self.experts} experts, from 0")
-        return ids
+        return check_tasks(self, ids, len(x), self.experts, "experts")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.rules.tsv import orthogonalised, weighted
+from exapt.algebra.rules.tsv import averaged_only, orthogonalised, weighted
 from exapt.core.errors import InputError
 
 
@@ -36,7 +34,7 @@ def isotropic(deltas: Tensor, weights: Tensor | None = None, name: str = "", *, 
             [0., 2.]])
     """
     deltas = weighted(deltas, weights)
-    if deltas.dim() != 3 or (exclude and re.search(exclude, name)):
+    if averaged_only(deltas, name, exclude):
         return scale * deltas.mean(0)
     u, s, v = torch.linalg.svd(deltas.sum(0), full_matrices=False)
     return scale * s.mean() * (u @ v)
@@ -76,7 +74,7 @@ def isotropic_with_specifics(
     if not 0 <= common <= 1:
         raise InputError(f"iso_cts: common {common} is not between 0 and 1")
     deltas = weighted(deltas, weights)
-    if deltas.dim() != 3 or (exclude and re.search(exclude, name)):
+    if averaged_only(deltas, name, exclude):
         return scale * deltas.mean(0)
     r, m = min(deltas.shape[1:]), len(deltas)
     own = min(round((r - int(r * common)) / m), r // m)  # directions of each task

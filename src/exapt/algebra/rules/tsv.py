@@ -36,7 +36,7 @@ def singular_vectors_merged(deltas: Tensor, weights: Tensor | None = None, name:
             [0., 3.]])
     """
     deltas = weighted(deltas, weights)
-    if deltas.dim() != 3 or (exclude and re.search(exclude, name)):
+    if averaged_only(deltas, name, exclude):
         return scale * deltas.mean(0)
     k = max(1, min(deltas.shape[1:]) // len(deltas))
     u, s, v = torch.linalg.svd(deltas, full_matrices=False)
@@ -49,6 +49,11 @@ def orthogonalised(columns: Tensor) -> Tensor:
     u, s, v = torch.linalg.svd(columns, full_matrices=False)
     there = s > s.max() * torch.finfo(s.dtype).eps * max(columns.shape)
     return u[:, there] @ v[there]
+
+
+def averaged_only(deltas: Tensor, name: str, exclude: str) -> bool:
+    """Whether a tensor is no matrix, or one that the expression names."""
+    return deltas.dim() != 3 or bool(exclude and re.search(exclude, name))
 
 
 def weighted(deltas: Tensor, weights: Tensor | None) -> Tensor:
