@@ -89,6 +89,7 @@ class Step:
         backward: ``backward(loss)``: adds the loss's gradients.
         generator: For everything random.
         sources, targets: ``sources()``: all batches of the data in order as ``Seen``, without gradient (a pass over the data).
+        noting: Whether methods note things of the last pass that their penalties read; an objective that moves parameters ends with a pass where they are.
     """
 
     source: Seen | None
@@ -105,6 +106,7 @@ class Step:
     generator: torch.Generator
     sources: Callable[[], Any]
     targets: Callable[[], Any]
+    noting: bool = False
 
     @property
     def s(self) -> Seen:

@@ -68,6 +68,8 @@ class MLDG(Objective):
         if not self.first_order:
             moved = torch.stack([(g * o).sum() for g, o in zip(inner, outer, strict=True)]).sum()
             total = [t - self.alpha * self.beta * h for t, h in zip(total, _gradients(moved, tensors), strict=True)]
+        if s.noting:
+            s.run(s.s.batch)  # the pass that penalties read: the one before was at the moved parameters, and its graph is gone
         s.backward(torch.stack([(t * g).sum() for t, g in zip(tensors, total, strict=True)]).sum())  # whose gradients these are
         return (train + self.beta * held_out).detach()
 

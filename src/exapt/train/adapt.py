@@ -224,7 +224,7 @@ class ObjectiveLoop(Loop):
             self._head, self.frozen, self.parameters(), self.memory,
             lambda loss: self.fabric.backward(loss * share, retain_graph=bool(noted(self.model))),  # penalties read what this pass noted
             seeded(self.config.seed, "objective", str(self.step)),
-            lambda: self._pass(rows, True), lambda: self._pass(self.target, False),
+            lambda: self._pass(rows, True), lambda: self._pass(self.target, False), bool(noted(self.model)),
         )  # fmt: skip
 
     def begin_epoch(self) -> None:
