@@ -112,7 +112,7 @@ def test_the_gain_is_learned_from_the_reference_alone(trained: nn.Module) -> Non
     o = exapt.online(copy.deepcopy(trained), exapt.BatchStatistics(), exapt.Guard(), reference=REFERENCE)
     o(STREAMS["dark"][0][0])
     model = o.host.kept("guard/gain_40")
-    assert model["z"].shape[1] == 6
+    assert model["z"].shape[1] == 7
     z = model["z"].numpy()
     kernel = np.exp(-((z[:, None] - z[None]) ** 2).sum(-1) / 32)
     gains = kernel @ model["weights"].numpy() + 0.3 * model["weights"].numpy() + float(model["mean"])
@@ -137,7 +137,10 @@ def test_signals_and_disturbances() -> None:
     rows = joined([Batch((ids[:1],), {}), Batch((ids[1:, :4],), {})])
     assert rows.inputs.tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     p = torch.tensor([[0.6, 0.4], [0.1, 0.9]])
-    assert signals(p, p.flip(1), torch.tensor(2.0)).tolist() == pytest.approx([0.75, 0.75, np.log(2), 0.0, 0.6474466, 0.6474466], abs=1e-6)
+    expected = [0.75, 0.75, np.log(2), 0.0, 0.6474466, 0.6474466]
+    assert signals(p, p.flip(1), torch.tensor(2.0)).tolist() == pytest.approx(expected, abs=1e-6)
+    own = signals(p, p.flip(1), torch.tensor(2.0), x)[-1]
+    assert float(own) == pytest.approx(np.log(x.double().numpy().var(0).sum()), abs=1e-6)
 
 
 def test_rows_that_mean_predictions_are_taken_over(trained: nn.Module) -> None:

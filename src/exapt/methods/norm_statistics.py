@@ -65,8 +65,9 @@ class NormStatistics(ActivationMethod):
         mean, var = p["mean"], p["var"]
         if self.alpha < 1 and x.numel() > x.shape[-1]:
             others = tuple(range(x.dim() - 1))
-            mean = self.alpha * mean + (1 - self.alpha) * x.mean(others)
-            var = self.alpha * var + (1 - self.alpha) * x.var(others, correction=0)
+            own = x.mean(others)
+            mean = self.alpha * mean + (1 - self.alpha) * own
+            var = self.alpha * var + (1 - self.alpha) * (x - own).square().mean(others)  # Tensor.var takes seven times as long on a CPU
         scale = ((p["source_var"] + p["eps"]) / (var + p["eps"])).sqrt()
         return (x - mean) * scale + p["source_mean"]
 

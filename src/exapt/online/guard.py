@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exapt.core.components import component
 from exapt.core.errors import InputError
-from exapt.online.gain import LEAST_ROWS, Adapted, averaging, halves, learned, predicted, signals
+from exapt.online.gain import LEAST_ROWS, Adapted, averaging, halves, learned, log_variance, predicted, signals
 from exapt.online.method import Batch, Host, Pass, entropy
 
 _LEAST = 20
@@ -31,10 +31,10 @@ class Guard:
 
     1. **Gain.** On a labelled reference, shifts are simulated (noise on the inputs, batches of few classes) and a kernel ridge regression learns the
        gain in accuracy over the frozen model from what can be seen without labels: both models' confidence and the entropy of their mean
-       predictions, their agreement, and the distance :math:`\min_c \|\Sigma^{-1/2}(h - \mu_c)\|` of the frozen model's features to the classes of the
-       reference. On the stream, the frozen model answers, and nothing is learned from the batch, unless the predicted gain exceeds ``margin`` times
-       the regression's own error. Where batch norms use the batch's statistics and parameters train too, it is the gain of the statistics alone that is
-       predicted: training on entropy raises confidence by itself.
+       predictions, their agreement, the distance :math:`\min_c \|\Sigma^{-1/2}(h - \mu_c)\|` of the frozen model's features to the classes of the
+       reference, and the variance of the features that batch statistics make. On the stream, the frozen model answers, and nothing is learned from
+       the batch, unless the predicted gain exceeds ``margin`` times the regression's own error. Where batch norms use the batch's statistics and
+       parameters train too, it is the gain of the statistics alone that is predicted: training on entropy raises confidence by itself.
     2. **Collapse.** What is trained must still agree with the model before training, and its mean prediction must keep its entropy. Otherwise
        everything goes back to the start.
 
@@ -102,14 +102,14 @@ class Guard:
         if len(logits) == 0:
             return Verdict(logits)
         n, statistics = len(logits), bool(host.statistics)
+        plain, features = logits, None
         if statistics or host.parameters:
             with host.values(host.source):
-                plain = host.run(batch).logits
-        else:
-            plain = logits
+                seen = host.run(batch)
+            plain, features = seen.logits, seen.features if statistics else None
         subject = plain if statistics else logits
         host.notes |= {"confidence": float(still.p.max(-1).values.mean()), "confidence_adapted": float(logits.softmax(-1).max(-1).values.mean())}
-        gain, least = self._gain(host, batch, still, subject, n, adapted)
+        gain, least = self._gain(host, batch, still, subject, features, adapted)
         host.notes |= {"predicted_gain": gain}
         if gain <= least:
             return Verdict(still.logits, "rollback", f"predicted gain {gain:+.3f} is not above {least:.3f}: the frozen model answers")
@@ -126,16 +126,19 @@ class Guard:
         said = f"the mean prediction has lost {lost:.2f} nats of entropy" if lost > self.collapse else f"agreement has fallen to {float(agreement):.2f}"
         return Verdict(subject if statistics else still.logits, "reset", said)
 
-    def _gain(self, host: Host, batch: Batch, still: Pass, subject: Tensor, n: int, adapted: Adapted) -> tuple[float, float]:
+    def _gain(self, host: Host, batch: Batch, still: Pass, subject: Tensor, features: Tensor | None, adapted: Adapted) -> tuple[float, float]:
         """The predicted gain of the subject over the frozen model, and what it must exceed."""
+        n = len(subject)
         model = self._model(host, batch, adapted) if "guard/root" in host.memory and still.features is not None else None
         if model is None:
             sure = [self._average(host, k, z.softmax(-1).max(-1).values.double().mean(), n) for k, z in (("frozen", still.logits), ("subject", subject))]
             return float(sure[1] - sure[0]), -self.drop
-        now = signals(still.p, subject.softmax(-1), self.distance(host, still.h))
-        if n < LEAST_ROWS:  # mean predictions of a few rows tell nothing: those of as many as in the simulation
+        now = signals(still.p, subject.softmax(-1), self.distance(host, still.h), features)
+        if n < LEAST_ROWS:  # mean predictions and variances of a few rows tell nothing: those of as many as in the simulation
             means = [self._average(host, k, p.double().mean(0), n, LEAST_ROWS) for k, p in (("p_frozen", still.p), ("p_subject", subject.softmax(-1)))]
-            now[4:] = torch.stack([-(m * m.clamp_min(1e-12).log()).sum() for m in means])
+            now[4:6] = torch.stack([-(m * m.clamp_min(1e-12).log()).sum() for m in means])
+            if features is not None:
+                now[6] = log_variance(*(self._average(host, f"h{k}", features.double().pow(k).mean(0), n, LEAST_ROWS) for k in (1, 2)))
         x = self._average(host, "signals", now, n)
         return predicted(model, x), self.margin * float(model["error"])
 

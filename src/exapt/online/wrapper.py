@@ -122,18 +122,19 @@ class Online(nn.Module):
             self.host.memory.update(kept)
         return cast(Tensor, verdict.logits)
 
-    def _from_the_start(self, host: Host, batch: Batch) -> Tensor:
-        """What the method says of a batch in its first state: with the statistics alone where there are some, else after its own step."""
+    def _from_the_start(self, host: Host, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Logits of a batch in the method's first state: with the statistics alone where there are some, with their features; else after its own step."""
         if host.statistics:
             with host.values(host.source):
-                return host.run(batch).logits
+                seen = host.run(batch)
+            return seen.logits, seen.features
         now, notes = self._taken(), dict(host.notes)
         self._put(self._first)
         with torch.enable_grad():
             logits = self.method.step(host, batch).detach()
         self._put(now)
         host.notes = notes
-        return logits
+        return logits, None
 
     def _written(self, shown: Pass, logits: Tensor) -> Any:
         """The model's output with other logits, in its own shape and type."""
