@@ -6,7 +6,8 @@ python scripts/algebra_results.py --check    changes nothing; exit status 1 if i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,60 @@ def merging(found: dict[str, Any]) -> Iterator[str]:
 
 
 def editing(found: dict[str, Any]) -> Iterator[str]:
+    about, rows = found["about"], found["table"]
     yield "## Editing"
     yield ""
-    yield f"{found['measure'][0].upper()}{found['measure'][1:]}; seeds {', '.join(map(str, found['seeds']))}. Percent of answers."
+    yield f"{about['measure'][0].upper()}{about['measure'][1:]} (Student's t). *unedited* is the model as it is, *fine-tuning* plain Adam on one matrix."
+    yield f"Settings were chosen on {about['chosen on']}. Locality is of inputs of which nothing was edited; {about['undone']}."
     yield ""
-    body = []
-    for c in found["cells"].values():
-        body += [
-            [c["model"], f"`{c['method']}`", p["edits"], *(f"{100 * p[k]:.0f}" for k in ("reliability", "generalisation", "locality"))] for p in c["points"]
-        ]
-    yield from table(["model", "method", "edits", "reliability", "generalisation", "locality"], body)
+    for model, said in about["models"].items():
+        own = [r for r in rows if r["model"] == model]
+        if not own:
+            continue
+        yield f"### {model}"
+        yield ""
+        blocks = sorted({" and ".join(map(str, p["layers"])) for p in about["plans"][model].values()})
+        yield f"{said}. Blocks that are edited, counted from 0: {', or '.join(blocks)}; at the place that is answered from."
+        yield ""
+        body = []
+        for r in own:
+            plain = r["method"] in ("unedited", "fine-tuning")
+            scores = [share(*r[k]) for k in ("reliability", "generalisation", "locality")]
+            body.append([f"*{r['method']}*" if plain else f"`{r['method']}`", r["edits"], *scores, f"{r['seconds']:.2f}", len(r["seeds"])])
+        yield from table(["editor", "edits", "reliability", "generalisation", "locality", "seconds an edit", "seeds"], body)
+    for said in about["errors"]:
+        yield f"- {said}"
+    if about["errors"]:
+        yield ""
+
+
+def share(value: float, low: float | None, high: float | None) -> str:
+    """A mean in per cent with its interval, whose ends are no shares beyond 0 and 100."""
+    return f"{value:.0f}" if low is None or high is None else f"{value:.0f} [{max(low, 0):.0f}, {min(high, 100):.0f}]"
 
 
 def files(found: dict[str, Any]) -> Iterator[str]:
     yield "## Merging files"
     yield ""
-    yield found["about"].get("note", "Seconds and memory of merging models from file to file.")
+    yield "Whole models in safetensors files, each merge in a process of its own, exapt and mergekit in turns. Seconds are medians, with the least and the most;"
+    yield "exapt's include waiting for the disk (`fsync`). The ratio is mergekit's time over exapt's in the same round. Memory is the peak over that before,"
+    yield "in multiples of one model's largest shard."
     yield ""
-    keys = list(found["table"][0])
-    yield from table(keys, [[r[k] for k in keys] for r in found["table"]])
+    body = []
+    for r in found["runs"]:
+        for rule, sides in r["rules"].items():
+            own, other = sides["exapt"], sides.get("mergekit")
+            times = [spread_of(s["seconds"], ".1f") if s else "" for s in (own, other)]
+            ratio = spread_of(other["ratio_seconds"], ".2f") if other else ""
+            shape = " x ".join(map(str, r["shape"]))
+            shards = f"{own['shards']:.2f}", f"{other['shards']:.1f}" if other else ""
+            body.append([f"`{rule}`", f"{r['models']} of {shape}, {r['dtype']}, shard {r['shard'] / 1e6:.0f} MB", *times, ratio, *shards])
+    yield from table(["rule", "models (width, blocks, words)", "exapt, s", "mergekit, s", "ratio", "exapt, shards", "mergekit, shards"], body)
+
+
+def spread_of(values: Sequence[float], form: str) -> str:
+    """The median with the least and the most."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def page() -> str:

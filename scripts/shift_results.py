@@ -121,13 +121,14 @@ def transfers(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "A small head on kept features of MiniLM (texts) and of small networks (digits). Means over the transfers of each family, in points against"
     yield f"source only, with 95 % paired intervals. Settings were frozen on {found['frozen_on'].removeprefix('amazon: ')}; `(oracle)` has seen target"
-    yield f"labels and is no method. Seeds: {len(found['seeds'])}."
+    yield "labels and is no method."
     yield ""
     for family, f in found["families"].items():
-        body = []
+        body, counts = [], {len(t["source"]["seeds"]) for t in f["transfers"].values()}
+        seeds = str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
         for name, m in f["mean"].items():
             body.append([name, f"{m['score']:.3f}", points(100 * m["difference"], 100 * m["low"], 100 * m["high"]), m["better"], m["worse"]])
-        yield f"### {family.replace('_', ' ')}, {len(f['transfers'])} transfers"
+        yield f"### {family.replace('_', ' ')}, {len(f['transfers'])} transfers, {seeds} seeds"
         yield ""
         yield from table(["method", "score", "against source only", "transfers surely better", "surely worse"], body)
 

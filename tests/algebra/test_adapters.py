@@ -17,6 +17,7 @@ from exapt.algebra.arithmetic import arithmetic, linear_form
 from exapt.algebra.difference import difference, draw
 from exapt.algebra.lowrank import LowRank
 from exapt.core.file import read, write
+from exapt.core.merge import new_values
 
 
 def net() -> nn.Module:
@@ -168,3 +169,55 @@ def test_bad_input(tmp_path: Path) -> None:
         next(iter(exapt.trainable(norm).values())).add_(1)
     with pytest.raises(exapt.InputError, match="no weight or bias of a plain layer"):
         shifts_on(norm, "default")
+
+
+@pytest.mark.parametrize("rule", ["average", "task_arithmetic"])
+def test_adapters_on_a_model_keep_their_factors(tmp_path: Path, rule: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 56))
+    dense = []
+    for name, method in (("a", exapt.LoRA(rank=2)), ("b", exapt.LoRA(rank=3, alpha=4.0, dropout=0.1)), ("c", exapt.PiSSA(rank=1))):
+        exapt.attach(model, method, "all", name=name)
+        exapt.activate(model, name)
+        with torch.no_grad():
+            for p in exapt.trainable(model).values():
+                p.add_(0.3 * torch.randn_like(p))
+        dense.append({k: (new - old).detach() for k, (old, new) in new_values(model, (name,)).items()})
+        found = shifts_on(model, name)
+        assert all(isinstance(m, LowRank) for m in found.matrices.values())
+        for site in ("0", "2"):
+            torch.testing.assert_close(found.dense(site), dense[-1][f"{site}.weight"], rtol=1e-5, atol=1e-6)
+    exapt.combine(model, "a", "b", "c", rule=rule, weights=[1.0, 2.0, 3.0])
+    scale = 1 / 6 if rule == "average" else 1.0
+    merged = {k: (new - old).detach() for k, (old, new) in new_values(model, ("combined",)).items()}
+    for k in ("0.weight", "2.weight"):
+        torch.testing.assert_close(merged[k], scale * sum(w * d[k] for w, d in zip((1, 2, 3), dense, strict=True)), rtol=1e-5, atol=1e-5)
+    path = exapt.save(model, tmp_path / "combined", "combined")
+    assert {r["method"]["method"] for r in read(path).rules} == {"lora"}
+    ranks = 2 + 3 + 2 * 1  # PiSSA's shift is what its factors gained: twice its rank
+    assert sum(t.numel() for t in read(path).tensors.values()) == ranks * (64 + 48 + 48 + 56)
+    exapt.combine(model, "a", "b", rule=rule, name="cut", rank=2)
+    assert {r["method"]["rank"] for r in read(exapt.save(model, tmp_path / "cut", "cut")).rules} == {2}
+
+
+def test_what_is_not_low_rank_on_a_model_stays_dense_and_right() -> None:
+    model = exapt.attach(net(), {"0": exapt.LoRA(rank=2), "2": exapt.IA3()}, name="mixed")
+    with torch.no_grad():
+        for p in exapt.trainable(model).values():
+            p.add_(0.3)
+    found = shifts_on(model, "mixed")
+    assert isinstance(found.matrices["0"], LowRank)
+    assert isinstance(found.matrices["2"], Tensor)
+    for path, (old, new) in new_values(model, ("mixed",)).items():
+        value = found.dense(path[0]) if path.endswith("weight") else found.biases[path[0]]
+        torch.testing.assert_close(value, (new - old).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_factors_of_a_half_precision_base_are_the_adapters_own() -> None:
+    model = exapt.attach(net().bfloat16(), exapt.LoRA(rank=2), "all")
+    with torch.no_grad():
+        for p in exapt.trainable(model).values():
+            p.add_(0.3)
+    own = exapt.trainable(model)
+    found = shifts_on(model, "default").dense("0")
+    torch.testing.assert_close(found, 8.0 * (own["0.exapt.default.B"] @ own["0.exapt.default.A"]).detach().float(), rtol=1e-5, atol=1e-6)

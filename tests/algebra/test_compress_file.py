@@ -275,15 +275,15 @@ def test_methods_and_their_order_are_checked(tmp_path: Path) -> None:
 
 def test_search_finds_the_smallest_that_passes(tmp_path: Path) -> None:
     source = exapt.read(saved(tmp_path / "a"))
-    sizes = {" + ".join(k for k, _ in s) + str(s[-1][1]): compress(source, s).bytes for s in CANDIDATES}
+    made = [compress(source, s) for s in CANDIDATES]
 
     def closeness(file: AdapterFile) -> float:
         both = updates(source), updates(file)
         return -max(float(np.linalg.norm(both[1][k] - both[0][k]) / np.linalg.norm(both[0][k])) for k in both[0])
 
-    passing = [c.bytes for s in CANDIDATES for c in [compress(source, s)] if -closeness(c.file) <= 0.25]
+    passing = [c.bytes for c in made if -closeness(c.file) <= 0.25]
     found = smallest(source, closeness, 0.25)
-    assert found.found.bytes <= min(passing) <= max(sizes.values())
+    assert found.found.bytes <= min(passing) <= max(c.bytes for c in made)
     assert found.drop <= 0.25
     assert found.interval is None
     own = [t.bytes for t in found.tried if "alpha" not in t.name]
@@ -303,6 +303,42 @@ def test_search_tunes_alpha_where_the_default_fails(tmp_path: Path) -> None:
     assert found.found.steps[-1][1]["alpha"] >= 2.0
     assert len(found.tried) > 1
     assert len({t.bytes // 40 for t in found.tried}) <= 2  # alpha does not change the size, but for its digits in the header
+
+
+def test_search_walks_uphill_and_stops_where_it_falls(tmp_path: Path) -> None:
+    source = exapt.read(saved(tmp_path / "a"))
+    sigma = float(torch.cat([t.flatten() for k, t in source.tensors.items() if k in coded(source)]).std())
+    for best in (1.0, 3.0, 8.0):
+
+        def near(file: AdapterFile, best: float = best) -> float:
+            return 0.0 if file is source else -abs(float(file.tensors["0:first/B"].abs().max()) / sigma - best) - 1  # an invented score with one top
+
+        found = smallest(source, near, 0.0, [(("compeft", {"density": 0.1}),)])
+        alphas = [float(t.name.partition("alpha=")[2].rstrip(")")) for t in found.tried[1:]]
+        assert max(found.tried[1:], key=lambda t: t.score).name.endswith(f"alpha={best})")
+        assert len(alphas) == len(set(alphas)) < 9
+        assert alphas[0] == 4.0
+
+
+def test_search_takes_few_bits_of_a_low_rank_where_the_rest_is_noise(tmp_path: Path) -> None:
+    model = exapt.attach(base(), {"first": exapt.LoRA(rank=8), "second": exapt.LoRA(rank=8)})
+    with torch.no_grad():
+        for i, p in enumerate(exapt.trainable(model).values()):
+            p.mul_(0.0).add_(0.002 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+            g, axes = torch.Generator().manual_seed(10 + i), torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(i // 2)))[0]
+            (p if p.shape[0] == 8 else p.mT).add_(axes[:, :2] @ (0.3 * torch.randn(2, 96, generator=g)))  # of rank 2, along no axis
+    source = exapt.read(exapt.save(model, tmp_path / "noisy"))
+    dense = updates(source)
+
+    def closeness(file: AdapterFile) -> float:
+        new = updates(file)
+        return -max(float(np.linalg.norm(new[k] - dense[k]) / np.linalg.norm(dense[k])) for k in dense)
+
+    found = smallest(source, closeness, 0.3)
+    assert [k for k, _ in found.found.steps] == ["svd_truncation", "uniform_groups"]
+    assert found.found.steps[0][1].get("rank", 2) == 2
+    one_step = [s for s in CANDIDATES if len(s) == 1]
+    assert found.found.bytes < 0.7 * smallest(source, closeness, 0.3, one_step).found.bytes
 
 
 def test_search_gives_the_drop_an_interval_over_rows(tmp_path: Path) -> None:

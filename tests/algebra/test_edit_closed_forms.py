@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import exapt
-from exapt.algebra.edit.closed_form import least_squares, null_space, projected, rank_one
+from exapt.algebra.edit.closed_form import least_squares, null_space, projected, rank_one, regularised
 from exapt.algebra.edit.hypernetwork import EditNetwork
 from exapt.algebra.edit.moments import Moments
 from exapt.algebra.edit.ultraedit import solved
@@ -55,11 +55,12 @@ def test_memit_solves_its_normal_equations() -> None:
 
 def test_alphaedit_leaves_old_keys_alone_and_matches_its_formula() -> None:
     old, keys, past_keys, r = draw(4, D_IN, seed=2), draw(2, D_IN), draw(2, D_IN, seed=5), draw(2, D_OUT)
-    p = null_space(old.T @ old / 4, 1e-8)
+    basis = null_space(old.T @ old / 4, 1e-8)
+    p = basis @ basis.T
     np.testing.assert_allclose((p @ p).numpy(), p.numpy(), atol=1e-12)
     assert round(float(p.trace())) == D_IN - 4
     past = past_keys.T @ past_keys
-    delta = projected(r, keys, p, past)
+    delta = projected(r, keys, basis, basis.T @ past @ basis)
     np.testing.assert_allclose((delta @ old.T).numpy(), 0, atol=1e-12)
     k, q = keys.numpy().T, p.numpy()
     expected = r.numpy().T @ k.T @ q @ np.linalg.inv(past.numpy() @ q + k @ k.T @ q + np.eye(D_IN))
@@ -119,3 +120,20 @@ def test_mend_and_malmen_against_numpy() -> None:
     d = -rate * (k.numpy() * pk).sum(1, keepdims=True) * pg
     rows = np.vstack([k.numpy(), np.exp(t["penalty"][1] / 2) * np.eye(D_IN)])
     np.testing.assert_allclose(malmen, np.linalg.lstsq(rows, np.vstack([d, np.zeros((D_IN, D_OUT))]), rcond=None)[0].T, rtol=1e-7)
+
+
+@pytest.mark.parametrize("n", [1, 5, 12])
+def test_ridge_regression_by_the_smaller_system(n: int) -> None:
+    draw = np.random.default_rng(n)
+    k, v = draw.standard_normal((n, 7)), draw.standard_normal((n, 3))
+    wanted = np.linalg.solve(k.T @ k + 0.3 * np.eye(7), k.T @ v).T
+    np.testing.assert_allclose(regularised(torch.from_numpy(k), torch.from_numpy(v), torch.tensor(0.3)).numpy(), wanted, atol=1e-12)
+
+
+def test_a_known_factor_changes_nothing() -> None:
+    draw = np.random.default_rng(0)
+    a = draw.standard_normal((20, 6))
+    c, k, r = (torch.from_numpy(x) for x in (a.T @ a, draw.standard_normal((3, 6)), draw.standard_normal((3, 4))))
+    factor = torch.linalg.cholesky(c)
+    torch.testing.assert_close(least_squares(r, k, c, factor), least_squares(r, k, c))
+    torch.testing.assert_close(rank_one(r[0], k[0], c, k[1], factor), rank_one(r[0], k[0], c, k[1]))

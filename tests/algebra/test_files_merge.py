@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import exapt
-from exapt.algebra import files
+from exapt.algebra import files, plan
 from exapt.algebra.files import clear_leftovers, merge_files
 from exapt.algebra.rules.average import averaged
 from exapt.algebra.rules.task_arithmetic import summed
@@ -146,7 +146,7 @@ def test_a_rule_that_works_entry_by_entry_is_given_parts(models: list[Path], tmp
         base.add_(0)  # what a rule is given can be written to, unlike the file's own pages
         return summed(deltas, weights)
 
-    monkeypatch.setattr(files, "BLOCK", 20)  # five entries of each of three models and the base
+    monkeypatch.setattr(plan, "BLOCK", 10)  # five entries of each of three models and the base
     expected = {r: merge_tensors(r, [tree(i) for i in range(1, 4)], tree(0), [0.5, 0.2, 0.3]) for r in ("average", "task_arithmetic")}
     for key, rule in (("average", mean), ("task_arithmetic", sums)):
         for parts in (False, True):

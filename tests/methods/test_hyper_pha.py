@@ -94,3 +94,48 @@ def test_what_it_refuses() -> None:
         model(torch.zeros(2, 3, D))
     with pytest.raises(exapt.InputError, match="one id per row"):
         model(torch.zeros(2, 3, D), task_ids=torch.tensor([[0], [1]]))
+
+
+class Translator(nn.Module):
+    """An encoder of one width and a decoder of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.norm, self.bridge = nn.Linear(D, 5), nn.LayerNorm(5), nn.Linear(5, D)
+        self.decoder = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.bridge(self.norm(torch.tanh(self.encoder(x)))).mean(1, keepdim=True).expand(-1, 2, -1)
+        return self.decoder[1](torch.tanh(self.decoder[0](h)))
+
+
+def test_the_retriever_reads_the_encoders_output_and_leaves_it_as_it_is() -> None:
+    where = ("norm", "decoder.0", "decoder.1")
+    model = exapt.attach(Translator().double(), PHA(n_tasks=3, bottleneck=2, size=4, hidden=7, weight=0.3, retriever="norm"), where=where)
+    p = {n: t.detach().numpy() for n, t in exapt.trainable(model).items()}
+    own = {n.rpartition(".")[2]: t for n, t in p.items() if n.startswith("norm.")}
+    assert {k: t.shape for k, t in own.items()} == {"R_1": (7, 5), "R_2": (4, 7), "r_1": (7,), "r_2": (4,)}
+    assert not any(n.startswith("decoder") and n.rpartition(".")[2].startswith("R") for n in p)
+    assert next(t for n, t in p.items() if n.endswith(".l")).shape == (2, 4)
+    x, ids = torch.randn(4, 3, D, dtype=torch.double), torch.tensor([2, 0, 2, 1])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    seen: list[Tensor] = []
+    hook = model.bridge.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(x, task_ids=ids, attention_mask=mask)
+    hook.remove()
+    with exapt.disabled(model):
+        plain = model.norm(torch.tanh(model.encoder(x)))
+    torch.testing.assert_close(seen[0], plain)
+    h = plain.detach().numpy() * mask.numpy()[..., None]
+    mean = h.sum(1) / mask.numpy().sum(1)[:, None]
+    z = np.maximum(mean @ own["R_1"].T + own["r_1"], 0) @ own["R_2"].T + own["r_2"]
+    np.testing.assert_allclose(exapt.noted(model)["norm"]["instances"].detach().numpy(), z, rtol=1e-6)
+    exapt.penalty(model).backward()
+    assert all(t.grad is not None for n, t in exapt.trainable(model).items() if n.rpartition(".")[2] in ("k", "R_1", "R_2"))
+
+
+def test_it_refuses_a_retriever_that_is_no_one_site() -> None:
+    with pytest.raises(exapt.InputError, match="names 0 of 2 sites"):
+        exapt.attach(Translator(), PHA(n_tasks=2, retriever="nor?"), where=("decoder.0", "decoder.1"))
+    with pytest.raises(exapt.InputError, match="one task has nothing to retrieve"):
+        exapt.attach(Translator(), PHA(retriever="norm"), where=("norm", "decoder.0"))

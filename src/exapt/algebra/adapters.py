@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exapt.algebra.lowrank import LowRank, concatenated
+from exapt.algebra.lowrank import LowRank, concatenated, factors_of
 from exapt.algebra.rule import rule_of
 from exapt.algebra.rules.average import averaged
 from exapt.algebra.rules.core_space import core_space_merged, in_core_space
@@ -27,6 +27,7 @@ from exapt.core.merge import new_values, refuse_unmergeable
 from exapt.core.registry import from_dict
 from exapt.core.registry import method as method_of
 from exapt.core.sites import sites
+from exapt.core.slots import slots_of
 from exapt.core.state import activate, adapters, state_of
 from exapt.interop.to_lora import compressed
 
@@ -97,7 +98,7 @@ def _seeded(data: AdapterFile, number: int, site: str) -> bool:
 
 
 def _added(method: WeightMethod, p: dict[str, Tensor], shape: tuple[int, ...], label: str, site: str) -> Matrix:
-    """The shift of one site, if it does not depend on the weight."""
+    """The shift of one site, if it does not depend on the weight: low-rank where the method's own forward says that it is."""
     if method.key == "lora":
         return LowRank(p["B"] * method.factor, p["A"])  # type: ignore[attr-defined]
     other = type(method).bias is not WeightMethod.bias and method.key != "delta"
@@ -106,7 +107,10 @@ def _added(method: WeightMethod, p: dict[str, Tensor], shape: tuple[int, ...], l
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if other or not torch.allclose(method.weight(p, probe) - probe, found, rtol=1e-3, atol=1e-4 * float(found.abs().max() + 1)):
         raise InputError(f"{label}: what {method.key} does at {site} depends on the base's weights or biases; give the base (model=, --model)")
-    return found
+    factors = factors_of(method, p, (shape[0], shape[1]))
+    fits = factors is not None and factors.shape == shape and factors.rank < min(shape)
+    exact = fits and torch.allclose(factors.dense(), found, rtol=1e-5, atol=1e-6 * float(found.abs().max()))  # type: ignore[union-attr]
+    return factors if factors is not None and exact else found
 
 
 def _on_model(data: AdapterFile, label: str, model: nn.Module | None, method: Method, site: str) -> Shifts:
@@ -133,6 +137,9 @@ def _loaded(model: nn.Module, data: AdapterFile) -> Iterator[str]:
 def shifts_on(model: nn.Module, name: str, label: str = "") -> Shifts:
     """What an adapter on a model adds to the weights and biases of its linear layers, convolutions and embeddings.
 
+    What does not depend on the base is read from the adapter's own tensors, by its factors where it is low-rank; the rest is the difference that a
+    merge would make.
+
     Raises:
         InputError: for a method without merged form, or one that changes other parameters (a norm's, say).
     """
@@ -145,9 +152,11 @@ def shifts_on(model: nn.Module, name: str, label: str = "") -> Shifts:
         if s.layer is not None and s.name == s.module_name and not s.layer.stacked:
             for parameter in filter(None, (s.layer.parameter, s.layer.bias)):
                 places[f"{s.module_name}.{parameter}".lstrip(".")] = (s, parameter == s.layer.parameter)
-    matrices: dict[str, Matrix] = {}
-    biases: dict[str, Tensor] = {}
-    for path, (stored, value) in new_values(model, (name,)).items():
+    matrices, biases, whole = _read_off(model, name, label, {s.name for s, _ in places.values()})
+    read = set(matrices)
+    for path, (stored, value) in ({} if whole else new_values(model, (name,))).items():
+        if path in places and places[path][0].name in read:
+            continue
         added = value.detach().float() - stored.detach().float()
         site, is_weight = places.get(path, (None, False))
         if site is None or site.layer is None:
@@ -160,6 +169,27 @@ def shifts_on(model: nn.Module, name: str, label: str = "") -> Shifts:
             biases[site.name] = added
             matrices.setdefault(site.name, torch.zeros(site.layer.shape))
     return Shifts(label, matrices, fingerprint(model), type(model).__name__, biases)
+
+
+def _read_off(model: nn.Module, name: str, label: str, plain: set[str]) -> tuple[dict[str, Matrix], dict[str, Tensor], bool]:
+    """What can be read from an adapter's own tensors at the layers ``plain``, matrices and biases, and whether that is all of it."""
+    matrices: dict[str, Matrix] = {}
+    biases: dict[str, Tensor] = {}
+    whole = True
+    for _, slots in slots_of(model):
+        own = [e for e in slots.entries if e.adapter == name]
+        for e in own:
+            readable = len(own) == 1 and isinstance(e.method, WeightMethod) and not e.method.reads and e.layer is not None and e.site_name in plain
+            p = {k: t.detach().float() if t.is_floating_point() else t for k, t in e.tensors().items() if k != "notes"}
+            try:
+                if readable:
+                    matrices[e.site_name] = _added(e.method, p, e.layer.shape, label, e.site_name)  # type: ignore[union-attr]
+            except InputError:
+                readable = False
+            whole &= readable
+            if readable and type(e.method).bias is not WeightMethod.bias and "d" in p:
+                biases[e.site_name] = p["d"]
+    return matrices, biases, whole
 
 
 def combined(

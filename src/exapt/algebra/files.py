@@ -18,16 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exapt.algebra.rule import Described, rule_of
+from exapt.algebra.plan import Plan
+from exapt.algebra.rule import rule_of
 from exapt.algebra.shards import INDEX, SINGLE, Layout, Shards, Writer, laid_out, size_of
-from exapt.algebra.tensors import check_trees, is_finite, merged_tensors
-from exapt.core import __version__
+from exapt.algebra.tensors import check_trees
 from exapt.core.errors import InputError
 
-BLOCK = 1 << 20
-"""Numbers of all models together that a rule which works entry by entry is given at a time."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
-Part = tuple[str, int, int]
 PathLike = str | os.PathLike[str]
 
 
@@ -53,11 +50,15 @@ def merge_files(
     shard_size: int | str = "5GB", dtype: torch.dtype | str | None = None, seed: int = 0, statistics: Sequence[Mapping[str, Any] | PathLike] | None = None,
     overwrite: bool = False, **config: Any,
 ) -> Written:  # fmt: skip
-    r"""Merges models out of core: only one tensor of each model is in memory, of a rule declared ``entrywise`` only a part of one.
+    r"""Merges models out of core: only a part of one tensor of each model is in memory at a time.
 
-    A rule needs some :math:`3 m` times the largest tensor for :math:`m` models (in single precision); an entrywise one some 100 MB at most. The output
-    is written under a temporary name beside it, synced and renamed: it is whole, or not there. What a killed run left is cleared away by the next run
-    to the same output.
+    A rule declared ``entrywise`` reads parts once, one with a ``streamed`` form several times (first for thresholds, norms, inner products); both take some
+    100 MB at most, whatever the models' size. They give what the rule gives on whole tensors, ties at a threshold and random draws included; sums of
+    numbers agree to 1e-6. Only these need whole tensors, some :math:`3 m` times the largest for :math:`m` models (in single precision): ``core_space``,
+    ``iso_c``, ``iso_cts``, ``knots``, ``tsv`` (decompositions of matrices), ``regmean`` (solves for a matrix), ``wudi`` (steps of an optimiser),
+    ``arcee_fusion`` (quantiles of one model's scores, which may be negative), ``nuslerp`` along any but the last dimension, DELLA where a row is the whole
+    tensor, and rules of yours that declare neither. The output is written under a temporary name beside it, synced and renamed: it is whole, or not there. What
+    a killed run left is cleared away by the next run to the same output.
 
     Args:
         rule: A merge rule, or its key (``exapt.components("merge rule")``).
@@ -117,122 +118,6 @@ def merge_files(
     return Written(target, len(first), layout.size, len(layout.shards))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A merge that has been found possible.
-
-    Attributes:
-        rule: The rule.
-        models, base: What is merged.
-        statistics: As :func:`merge_files`, files opened.
-        weights, seed, config: As :func:`merge_files`.
-        kind: Type to write; ``None``: as it is stored.
-    """
-
-    rule: Described
-    models: Sequence[Shards]
-    base: Shards | None
-    statistics: Sequence[Mapping[str, Any]] | None
-    weights: Sequence[float] | None
-    seed: int
-    config: Mapping[str, Any]
-    kind: torch.dtype | None
-
-    @property
-    def first(self) -> Shards:
-        """The model whose names, order and types the merged one has."""
-        return self.models[0] if self.base is None else self.base
-
-    @property
-    def kinds(self) -> dict[str, torch.dtype]:
-        """Types to write, by name."""
-        return {n: self.kind if self.kind is not None and s.dtype.is_floating_point else s.dtype for n, s in self.first.entries.items()}
-
-    @property
-    def note(self) -> dict[str, str]:
-        """Metadata of the files: ``format``, which other libraries look for, and how the model was made."""
-        made = {
-            "exapt": __version__, "rule": self.rule.function.__name__, "config": dict(self.config), "models": [m.path.name for m in self.models],
-            "base": self.base.path.name if self.base is not None else None, "seed": self.seed,
-            "weights": list(map(float, self.weights)) if self.weights is not None else None,
-        }  # fmt: skip
-        return {"format": "pt", "merged": json.dumps(made, default=str)}
-
-    def parts(self) -> dict[str, Part]:
-        """Tensors whole; or in parts that all models' fit into a block, if the rule says of itself that it works entry by entry."""
-        apart = {"generator", "name"} & set(self.rule.given)  # draws and names go by whole tensors
-        whole = not self.rule.entrywise or bool(apart) or not all(map(self._like_first, self.statistics or ()))
-        step = max(1, BLOCK // (len(self.models) + 1))
-        parts: dict[str, Part] = {}
-        for name, s in self.first.entries.items():
-            if whole or s.elements <= step:
-                parts[name] = (name, 0, s.elements)
-            else:
-                parts |= {f"{name}[{a}:{min(a + step, s.elements)}]": (name, a, min(a + step, s.elements)) for a in range(0, s.elements, step)}
-        return parts
-
-    def _like_first(self, statistics: Mapping[str, Any]) -> bool:
-        shapes = {n: s.shape for n, s in self.first.entries.items()}
-        return isinstance(statistics, Shards) and all(shapes.get(n) == s.shape for n, s in statistics.entries.items())
-
-    def _wide(self) -> dict[str, torch.dtype]:
-        """The type that holds every model's numbers, where models of several types may meet."""
-        if self.kind is None:
-            return {}
-        wide = {n: torch.float32 for n, s in self.first.entries.items() if s.dtype.is_floating_point}
-        for model in (*self.models, self.first):
-            wide |= {n: torch.promote_types(wide[n], model.entries[n].dtype) for n in wide}
-        return wide
-
-    def merged(self) -> Iterator[tuple[tuple[str, int], Tensor]]:
-        """Merged tensors, or parts, with their names and where they begin; the pages that they came from are given back."""
-        parts, kinds, wide = self.parts(), self.kinds, self._wide()
-        views = [View(m, parts, wide) for m in self.models]
-        still = None if self.base is None else View(self.base, parts, wide, copied="base" in self.rule.given)
-        seen = None
-        if self.statistics is not None:
-            seen = [View(s, {k: p for k, p in parts.items() if p[0] in s}, copied=True) if isinstance(s, Shards) else s for s in self.statistics]
-        labels = [m.label for m in self.models]
-        held = [s for s in (*self.models, self.base, *(self.statistics or ())) if isinstance(s, Shards)]
-        merging = merged_tensors(self.rule.function, views, still, self.weights, statistics=seen, names=labels, seed=self.seed, **self.config)
-        for key, tensor in merging:
-            name, begin, end = parts[key]
-            yield (name, begin), _finite(tensor.to(kinds[name]), key, self.rule)
-            for source in held:
-                if name in source:
-                    source.release(name, begin, end)
-
-
-class View(Mapping[str, Tensor]):
-    """Parts of the tensors of a model in files, under names of their own.
-
-    Args:
-        shards: The model.
-        parts: What each name stands for: a tensor's name, and the entries from where to where.
-        wide: Types to read tensors in, by name; the others are read in their own.
-        copied: Whether a tensor is a copy that may be written to; the model's own memory may not.
-    """
-
-    def __init__(self, shards: Shards, parts: Mapping[str, Part], wide: Mapping[str, torch.dtype] | None = None, copied: bool = False) -> None:
-        self.shards, self.parts, self.wide, self.copied = shards, parts, wide or {}, copied
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.parts
-
-    def __getitem__(self, key: str) -> Tensor:
-        name, start, stop = self.parts[key]
-        stored = self.shards.entries[name]
-        t = self.shards.part(name, start, stop)
-        t = t.reshape(stored.shape) if stop - start == stored.elements else t
-        return t.to(self.wide.get(name, t.dtype), copy=self.copied)
-
-
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     found = known.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
@@ -267,13 +152,6 @@ def _check_stored(first: Shards, models: Sequence[Shards], kind: torch.dtype | N
             if other.dtype != one.dtype and (kind is None or not both):
                 advice = "give the type to write with dtype= (--dtype bfloat16)" if both else "they must be of one type"
                 raise InputError(f"{name}: {model.label} is {other.dtype}, {first.label} {one.dtype}; {advice}")
-
-
-def _finite(tensor: Tensor, name: str, rule: Described) -> Tensor:
-    if not is_finite(tensor):
-        said = f"{name}: merged by {rule.function.__name__} it holds NaN or infinity in {tensor.dtype}"
-        raise InputError(f"{said}; look at the base and the weights, or write a wider dtype")
-    return tensor
 
 
 def _beside(models: Sequence[Shards]) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,18 +13,25 @@ from exapt.core.components import component, component_of
 from exapt.core.errors import InputError, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Tensor])
+Streamed = Callable[..., Iterator[Tensor] | None]
+"""A rule on parts: see :func:`rule`."""
 GIVEN = ("weights", "base", "generator", "statistics", "name")
 """Parameters that the caller fills, where a rule has them: ``weights`` (m,); ``base``, the base's tensor, or ``None`` without one where that is its
 default; ``generator``, seeded by the tensor's name; ``statistics``, one tensor or mapping of tensors for each model; the tensor's ``name``."""
 
 
-def rule(key: str, paper: str = "", variants: Mapping[str, str] | None = None, oracle: str = "NumPy", entrywise: bool = False) -> Callable[[F], F]:
+def rule(
+    key: str, paper: str = "", variants: Mapping[str, str] | None = None, oracle: str = "NumPy", entrywise: bool = False, streamed: Streamed | None = None
+) -> Callable[[F], F]:
     """Returns a decorator that notes a merge rule in the catalogue.
 
     A rule's first parameter says what it is given, in at least single precision: ``deltas`` (m, ...), the m models' differences from the base,
     of which it returns the merged difference; or ``models`` (m, ...), the tensors themselves, of which it returns the merged one. Of the other
     parameters those named in :data:`GIVEN` are filled by the caller; the rest are keyword-only, have defaults, and are the configuration.
     ``entrywise`` declares that each entry of the result depends on the models' entries at its place alone, so that large tensors may be merged in parts.
+    ``streamed`` is for a rule that is not, but needs only a few numbers of the whole tensors (thresholds, norms): the same rule with
+    :class:`~exapt.algebra.streamed.Parts` in the place of its first parameter (and of ``base``, which they hold), that returns an iterator of merged parts in
+    their order, or ``None`` for a configuration that needs whole tensors. A rule without either is given whole tensors.
 
     Raises:
         InputError: for a signature that is none of a rule.
@@ -39,7 +46,7 @@ def rule(key: str, paper: str = "", variants: Mapping[str, str] | None = None, o
 
     def note(function: F) -> F:
         described(function)
-        function.entrywise = entrywise  # type: ignore[attr-defined]
+        function.entrywise, function.streamed = entrywise, streamed  # type: ignore[attr-defined]
         return component(key, kind="merge rule", paper=paper, variants=variants, oracle=oracle)(function)
 
     return note
@@ -55,6 +62,7 @@ class Described:
         given: Which of :data:`GIVEN` it takes.
         config: Its configuration, with the defaults.
         entrywise: Whether it says of itself that each entry depends on the models' entries at its place alone.
+        streamed: The same rule on parts, if it has one.
     """
 
     function: Callable[..., Tensor]
@@ -62,6 +70,7 @@ class Described:
     given: tuple[str, ...]
     config: Mapping[str, Any]
     entrywise: bool = False
+    streamed: Streamed | None = None
 
     @property
     def needs_base(self) -> bool:
@@ -92,7 +101,8 @@ def described(function: Callable[..., Tensor]) -> Described:
     if odd:
         raise InputError(f"{function.__name__}: {odd[0]} must be keyword-only and have a default, as all of a rule's configuration")
     given = tuple(p.name for p in parameters[1:] if p.name in GIVEN)
-    return Described(function, parameters[0].name == "deltas", given, {p.name: p.default for p in own}, getattr(function, "entrywise", False))
+    entrywise, streamed = getattr(function, "entrywise", False), getattr(function, "streamed", None)
+    return Described(function, parameters[0].name == "deltas", given, {p.name: p.default for p in own}, entrywise, streamed)
 
 
 def rule_of(rule: str | Callable[..., Tensor]) -> Described:

@@ -54,7 +54,7 @@ def merged_tensors(
     check_trees(found, models, base, weights, called)
     first = base if base is not None else models[0]
     for name in first:
-        yield name, _one(found, name, models, base, weights, statistics, called, seed, config)
+        yield name, merged_tensor(found, name, models, base, weights, statistics, called, seed, config)
 
 
 def check_trees(rule: Described, models: Sequence[Tree], base: Tree | None, weights: Sequence[float] | None, called: Sequence[str]) -> None:
@@ -82,10 +82,11 @@ def check_trees(rule: Described, models: Sequence[Tree], base: Tree | None, weig
             raise InputError(f"{name}: {label} {' and '.join(said)}; models must hold the same tensors")
 
 
-def _one(
+def merged_tensor(
     rule: Described, name: str, models: Sequence[Tree], base: Tree | None, weights: Sequence[float] | None,
-    statistics: Sequence[Mapping[str, Any]] | None, called: Sequence[str], seed: int, config: Mapping[str, Any],
+    statistics: Sequence[Mapping[str, Any]] | None, called: Sequence[str], seed: int, config: Mapping[str, Any], copied: Callable[[int], None] = lambda i: None,
 ) -> Tensor:  # fmt: skip
+    """One tensor of :func:`merge_tensors`, whose arguments have been checked; ``copied`` is told the number of each model that is no longer read."""
     own = [m[name] for m in models]
     still = None if base is None else base[name]
     first = own[0] if still is None else still
@@ -94,8 +95,6 @@ def _one(
             raise InputError(f"{name}: {label} has shape {tuple(t.shape)}, the others {tuple(first.shape)}")
         if t.dtype != first.dtype:
             raise InputError(f"{name}: {label} is {t.dtype}, the others {first.dtype}; convert them to one type first")
-        if not is_finite(t):
-            raise InputError(f"{name}: {label} holds NaN or infinity")
     if not first.is_floating_point():
         apart = [label for label, t in zip(called, own, strict=True) if not torch.equal(t, first)]
         if apart:
@@ -104,10 +103,15 @@ def _one(
     wide = torch.promote_types(first.dtype, torch.float32)
     start = None if still is None else still.to(wide)
     stacked = torch.empty((len(own), *first.shape), dtype=wide, device=first.device)
-    for row, t in zip(stacked, own, strict=True):  # one after the other, and the base taken away in place: with eight models every copy counts
+    for i, (row, t) in enumerate(zip(stacked, own, strict=True)):  # one after the other, the base taken away in place: with eight models every copy counts
         row.copy_(t)
         if rule.on_deltas:
             row.sub_(start)
+        copied(i)
+    if not is_finite(stacked):  # a look at all of them takes less time than one at each
+        for label, t in zip(called, own, strict=True):
+            if not is_finite(t):
+                raise InputError(f"{name}: {label} holds NaN or infinity")
     given: dict[str, Any] = {"weights": None if weights is None else torch.tensor(weights, dtype=wide, device=first.device)}
     given |= {"base": start, "name": name, "generator": seeded(seed, name) if "generator" in rule.given else None}
     if "statistics" in rule.given:

@@ -80,10 +80,9 @@ def _split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 def _searched(
     file: Path, adapter: Any, method: str, given: dict[str, Any], max_drop: float, path: Path | None, over: list[str], certain: bool, seed: int,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    from exapt.algebra.compress.compressing import TRANSFORMS
     from exapt.algebra.compress.search import CANDIDATES, smallest
 
-    candidates = [s for s in CANDIDATES if method in ("auto", s[-1][0]) or (method in TRANSFORMS and s[0][0] == method)]
+    candidates = [s for s in CANDIDATES if method in ("auto", s[0][0])]
     if given and method == "auto":
         raise InputError(f"--{next(iter(given)).replace('_', '-')} is a setting of one method; name it with --method")
     config = _config(file, adapter, path, over)

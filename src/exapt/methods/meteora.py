@@ -16,7 +16,7 @@ class MeteoRA(Recipe):
 
     The LoRAs come from files (:func:`exapt.algebra.compose.experts.from_adapters`); attached by itself it holds empty ones. The same as
     ``Mixture(LoRA(...), router="token", top_k=2, train_experts=False)`` at all linear layers. The authors' batched kernels are not here: the experts' factors
-    are multiplied as one stacked matrix.
+    are multiplied as one stacked matrix, or expert by expert with the tokens that chose it where the ranks are large.
 
     Args:
         experts: Number of LoRAs.

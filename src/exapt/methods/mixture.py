@@ -11,28 +11,15 @@ from torch import Tensor, nn
 
 from exapt.core.base import Base
 from exapt.core.contract import ActivationMethod, Method, Tensors, WeightMethod, frozen
+from exapt.core.dispatch import dispatched, dispatches, low_rank_experts, select, spread
 from exapt.core.errors import InputError
 from exapt.core.registry import method, register
 from exapt.core.sites import Site
 
 PAPER = "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity"
 VECTORS = ("linear", "conv1d_hf")  # layers whose input is a vector for each token
-
-
-def select(logits: Tensor, top_k: int, top_p: float, normalise: str) -> Tensor:
-    """Gates from a router's logits, both (..., experts): the softmax of all or of those chosen (the fields: see :class:`Mixture`).
-
-    >>> select(torch.tensor([0.0, 1.0, 0.0]), 1, 1.0, "after")
-    tensor([0., 1., 0.])
-    """
-    probabilities = logits.softmax(-1)
-    if not 0 < top_k < logits.shape[-1] and top_p >= 1:
-        return probabilities
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    kept = ranked.cumsum(-1) - ranked < top_p  # what lies before an expert does not fill the share yet
-    kept = kept & (torch.arange(logits.shape[-1], device=logits.device) < (top_k or logits.shape[-1]))
-    kept = torch.zeros_like(kept).scatter(-1, order, kept)
-    return probabilities * kept if normalise == "before" else logits.masked_fill(~kept, -torch.inf).softmax(-1)
+ONE = ("fixed", "hash", "modality")  # routers that choose one expert
+PER_TOKEN = ("adapter", "adapter_bias", "adapter_plus", "compacter", "parallel_adapter", "ssf")  # changes of an output that see one token at a time
 
 
 @dataclass(frozen=True)
@@ -102,17 +89,17 @@ class _Mixed(Method):
             p["router"] = torch.empty(self.experts, width, device=site.device).uniform_(-(width**-0.5), width**-0.5)
         return p
 
-    def _one(self, p: Tensors, e: int, dtype: torch.dtype | None = None) -> Tensors:
-        """The tensors of expert ``e``, as it expects them."""
-        own = {k: t for k, t in p.items() if not k.startswith("expert_") and k not in ("router", "Z", "notes")}
-        own |= {k.removeprefix("expert_"): t[e] for k, t in p.items() if k.startswith("expert_")}
-        if dtype is None or self.expert.full_precision:
-            return own
-        return {k: t.to(dtype) if t.is_floating_point() else t for k, t in own.items()}
+    def _each(self, p: Tensors, dtype: torch.dtype | None = None) -> list[Tensors]:
+        """The tensors of every expert, as it expects them."""
+        own = {k.removeprefix("expert_"): t for k, t in p.items() if k not in ("router", "Z", "notes")}
+        if dtype is not None and not self.expert.full_precision:
+            own = {k: t.to(dtype) if t.is_floating_point() else t for k, t in own.items()}
+        apart = {k: t.unbind() for k, t in own.items() if f"expert_{k}" in p}  # indexed one by one, each gradient would be as large as all
+        return [{**own, **{k: t[e] for k, t in apart.items()}} for e in range(self.experts)]
 
     def _gates(self, p: Tensors, x: Tensor, shape: torch.Size) -> Tensor:
         """(..., experts): for each token, each row, or once for all; ``shape`` is that of the output without features."""
-        if self.router in ("fixed", "hash", "modality"):
+        if self.router in ONE:
             return F.one_hot(self._numbers(p, shape), self.experts).to(x.device)
         if self.router == "task":
             logits = p["Z"][self._ids(p["call.task_ids"], shape[:1], self.tasks, "task_ids")] if self.tasks > 1 else p["Z"][0]
@@ -123,6 +110,11 @@ class _Mixed(Method):
         if "notes" in p:
             self._note(p["notes"], logits, gates)  # type: ignore[arg-type]
         return gates
+
+    def _sparse(self, gates: Tensor) -> bool:
+        """Whether experts run on what chose them alone, because a choice is made and what they do to a part does not depend on the rest."""
+        chosen = 0 < self.top_k < self.experts or self.top_p < 1 or self.router in ONE
+        return chosen and not self.expert.reads and "rows" not in self.expert.exceptions and dispatches(gates)
 
     def _numbers(self, p: Tensors, shape: torch.Size) -> Tensor:
         """The number of the one expert of each row or token."""
@@ -154,7 +146,7 @@ class _Mixed(Method):
 
     def penalty(self, p: Tensors, w: Tensor) -> Tensor | None:
         notes: Any = p.get("notes", {})
-        terms = [t for e in range(self.experts) if (t := self.expert.penalty(self._one(p, e), w)) is not None]
+        terms = [t for own in self._each(p) if (t := self.expert.penalty(own, w)) is not None]
         if self.balance and "load" in notes:
             terms.append(self.balance * self.experts * (notes["load"] * notes["importance"]).sum())
         if self.z and "logits" in notes:
@@ -177,11 +169,6 @@ def _pooled(x: Tensor, mask: Tensor | None) -> Tensor:
         return x.flatten(1, -2).mean(1)
     share = mask.to(x.dtype)
     return torch.einsum("bl,bld->bd", share / share.sum(1, keepdim=True).clamp_min(1), x)
-
-
-def _spread(gates: Tensor, y: Tensor) -> Tensor:
-    """Gates (..., experts, 1) with as many dimensions before their last two as ``y`` has before its last."""
-    return gates.to(y.dtype).view(*gates.shape[:-1], *[1] * (y.dim() - gates.dim()), gates.shape[-1], 1)
 
 
 class _Seen(Base):
@@ -217,7 +204,8 @@ class Mixture(_Mixed, WeightMethod):
       has a merged form. ``"fixed"``: task t has expert t.
     - ``"hash"``: a fixed random hash of each token's id (``input_ids``). ``"modality"``: a token of type m has expert m (``token_type_ids``).
 
-    ``top_k`` or ``top_p`` choose experts for each gate; they save no work here. The loss of training gains :math:`\beta\, E \sum_e f_e P_e`, :math:`f_e` the
+    ``top_k`` or ``top_p`` choose experts for each gate, and each expert computes only what chose it, where that is cheaper (low-rank experts: from a
+    rank of 32 with two of eight; not under ``torch.compile``). The loss of training gains :math:`\beta\, E \sum_e f_e P_e`, :math:`f_e` the
     share of tokens that use expert e (soft: whose largest gate it has) and :math:`P_e` its mean probability, and :math:`\zeta` times the mean square
     of the router's log-partition. ``exapt.noted(model)`` shows ``load`` (f), ``importance`` (P) and ``entropy`` of the last call.
 
@@ -296,41 +284,43 @@ class Mixture(_Mixed, WeightMethod):
 
     def _constant(self, p: Tensors, old: Tensor, run: Callable[[Tensors, Tensor], Tensor]) -> Tensor:
         gates = select(p["Z"][0], self.top_k, self.top_p, self.normalise)
-        shifts = [g * (run(self._one(p, e, old.dtype), old) - old) for e, g in enumerate(gates.unbind())]
+        shifts = [g * (run(own, old) - old) for own, g in zip(self._each(p, old.dtype), gates.unbind(), strict=True)]
         return (old + torch.stack(shifts).sum(0)).to(old.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         shape = y.shape[:1] if base.kind not in (*VECTORS, "embedding") else y.shape[:-1]
-        gates = _spread(self._gates(p, x, shape), y)
-        factors = self._factors(p, x, y, base) if base.kind in VECTORS else None
-        if factors is None:
-            shifts = [gates[..., e, :] * (self._expert(p, e, x, y, base) - y) for e in range(self.experts)]
-            return y + torch.stack(shifts).sum(0)
-        a, b, scale = factors
-        low = F.linear(x.to(y.dtype), a.flatten(0, 1)).unflatten(-1, (self.experts, -1))
-        return torch.add(y, F.linear((gates * low).flatten(-2), b.transpose(0, 1).flatten(1)), alpha=scale)
+        gates = self._gates(p, x, shape)
+        each = self._each(p, y.dtype)
+        factors = self._factors(each, x, y, base) if base.kind in VECTORS else None
+        if factors is not None:
+            a, b, scale = factors
+            return torch.add(y, low_rank_experts(x.to(y.dtype), gates, a, b, 1 if self.router in ONE else self.top_k), alpha=scale)
+        if self._sparse(gates):
+            return y + dispatched(gates, (x, y), lambda e, x, y: self._expert(each[e], x, y, base) - y)
+        gates = spread(gates, y)
+        shifts = [gates[..., e, :] * (self._expert(each[e], x, y, base) - y) for e in range(self.experts)]
+        return y + torch.stack(shifts).sum(0)
 
     def _fast(self, kind: str) -> bool:
         method = cast(WeightMethod, self.expert)
         return method.has_fast_path() and kind in (method.fast_kinds or (kind,))
 
-    def _expert(self, p: Tensors, e: int, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        """The layer's output with the shift of expert ``e``."""
-        own = self._one(p, e, y.dtype)
+    def _expert(self, own: Tensors, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """The layer's output with the shift of the expert that has these tensors."""
         if self._fast(base.kind):
             return cast(WeightMethod, self.expert).forward(own, x, _Seen(base, x, y))
         w = base.weight
         return y + base.apply((cast(WeightMethod, self.expert).weight(own, w) - w).to(y.dtype), x)
 
-    def _factors(self, p: Tensors, x: Tensor, y: Tensor, base: Base) -> tuple[Tensor, Tensor, float] | None:
+    def _factors(self, each: list[Tensors], x: Tensor, y: Tensor, base: Base) -> tuple[Tensor, Tensor, float] | None:
         """``A`` (experts, r, d_in), ``B`` (experts, d_out, r) and their scale if that is all that the experts add; seen on one token."""
         if not self._fast(base.kind) or cast(WeightMethod, self.expert).reads:
             return None
         found = []
-        for e in range(self.experts):
+        for own in each:
             seen = _Seen(base, x.reshape(-1, x.shape[-1])[:1], y.reshape(-1, y.shape[-1])[:1])
-            result = cast(WeightMethod, self.expert).forward(self._one(p, e, y.dtype), seen.x, seen)
+            result = cast(WeightMethod, self.expert).forward(own, seen.x, seen)
             if seen.factors is None or seen.factors[0] is not result:
                 return None
             found.append(seen.factors[1:])
@@ -392,6 +382,11 @@ class ActivationMixture(_Mixed, ActivationMethod):
 
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
         change = cast(ActivationMethod, self.expert).apply
-        gates = _spread(self._gates(p, x if self.sees == "input" else h, h.shape[:-1]), h)
-        shifts = [gates[..., e, :] * (change(self._one(p, e, h.dtype), x, h) - h) for e in range(self.experts)]
+        each = self._each(p, h.dtype)
+        gates = self._gates(p, x if self.sees == "input" else h, h.shape[:-1])
+        apart = gates.dim() == 2 < h.dim() or self.expert.key in PER_TOKEN
+        if apart and x.shape[: gates.dim() - 1] == h.shape[: gates.dim() - 1] and self._sparse(gates):
+            return h + dispatched(gates, (x, h), lambda e, x, h: change(each[e], x, h) - h)
+        gates = spread(gates, h)
+        shifts = [gates[..., e, :] * (change(each[e], x, h) - h) for e in range(self.experts)]
         return h + torch.stack(shifts).sum(0)

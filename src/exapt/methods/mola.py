@@ -11,6 +11,7 @@ from torch import Tensor
 
 from exapt.core.checks import check_rank
 from exapt.core.contract import ActivationMethod, Tensors
+from exapt.core.dispatch import low_rank_experts
 from exapt.core.errors import InputError
 from exapt.core.registry import register
 from exapt.core.sites import Site
@@ -35,7 +36,7 @@ class MoLA(ActivationMethod):
     The blocks that hold sites are cut into as many groups of consecutive ones as ``groups`` has numbers, from the input on, each group with that many
     experts for each layer: ``(2, 4, 6, 8)`` is the paper's inverted triangle (MoLA-∇), ``(8, 6, 4, 2)`` its triangle, ``(5,)`` its rectangle. Training adds
     :math:`\beta E \sum_e f_e P_e`, :math:`f_e` the share of tokens that use expert e and :math:`P_e` its mean probability. ``exapt.noted(model)`` shows both
-    (``load``, ``importance``).
+    (``load``, ``importance``). Each expert computes the tokens that chose it alone where that is cheaper, from a rank of 32 with two of eight.
 
     Args:
         groups: Numbers of experts, from the lowest blocks to the highest.
@@ -94,14 +95,13 @@ class MoLA(ActivationMethod):
         return {"A": a, "B": a.new_zeros(e, d_out, self.rank), "router": a.new_empty(e, d_in).uniform_(-limit, limit)}
 
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
-        count = len(p["router"])
         logits = F.linear(x.to(p["router"].dtype), p["router"])
         chosen = logits.topk(self.top_k, -1).indices
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
         gates = logits.masked_fill(~kept, -torch.inf).softmax(-1)
         p["notes"].update(load=kept.to(logits.dtype).flatten(0, -2).mean(0), importance=logits.softmax(-1).flatten(0, -2).mean(0))  # type: ignore[attr-defined]
-        low = F.linear(x.to(h.dtype), p["A"].to(h.dtype).flatten(0, 1)).unflatten(-1, (count, self.rank)) * gates.to(h.dtype)[..., None]
-        return torch.add(h, F.linear(low.flatten(-2), p["B"].to(h.dtype).transpose(0, 1).flatten(1)), alpha=self.alpha / self.rank)
+        mixed = low_rank_experts(x.to(h.dtype), gates, p["A"].to(h.dtype), p["B"].to(h.dtype), self.top_k)
+        return torch.add(h, mixed, alpha=self.alpha / self.rank)
 
     def penalty(self, p: Tensors, w: Tensor) -> Tensor | None:
         notes: Any = p.get("notes", {})

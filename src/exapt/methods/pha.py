@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import ClassVar, cast
 
 import torch
@@ -24,15 +25,16 @@ class PHA(ActivationMethod):
     .. math:: h' = h + U\, \mathrm{relu}(D x + b_D) + b_U, \quad (D, b_D, U, b_U) = H\, \mathrm{LN}\big(L_2\, \mathrm{relu}(L_1 [k_t; l])\big)
 
     The retriever embeds a row as :math:`z = R_2\, \mathrm{relu}(R_1 \bar x)`, :math:`\bar x` the mean over its tokens (those of ``attention_mask``, where
-    the call has one) of what goes into the first site, which no task's adapter has touched; sites in the upper layers give it deeper features
-    (``where=lambda s: ...``). With cosines :math:`f` over the temperature, the loss gets
+    the call has one) of what comes out of the site ``retriever``, where no adapter acts: an encoder's last norm, with adapters in the decoder, is the
+    paper's. Without one it is what goes into the first site, which no task's adapter has touched. With cosines :math:`f` over the temperature, the loss gets
     :math:`\lambda (L_{ins} + L_{pro})`:
 
     .. math:: L_{ins} = -\operatorname*{mean}_{i,\, j \in P_i} \log \frac{e^{f(z_i, z_j)}}{\sum_{n \ne i} e^{f(z_i, z_n)}}, \quad
         L_{pro} = -\operatorname*{mean}_i \log \frac{e^{f(z_i, k_{t_i})}}{\sum_{s \ne t_i} e^{f(z_i, k_s)}}
 
-    :math:`P_i` the other rows of its task. This follows the official code, whose sites are in T5's decoder and whose retriever sees the encoder's output. For
-    a new task, :func:`nearest_prototype` says of its instances, ``exapt.noted(model)[first site]["instances"]``, from which task to start.
+    :math:`P_i` the other rows of its task. This follows the official code, whose sites are in T5's decoder and whose retriever sees the encoder's output
+    (``PHA(retriever="encoder.final_layer_norm")``, that site among those of ``where``). For a new task, :func:`nearest_prototype` says of its instances,
+    ``exapt.noted(model)[retriever's site]["instances"]``, from which task to start.
 
     A batch says which task each row belongs to: ``model(x, task_ids=ids)``. With one task nothing is asked for and there is no retriever.
 
@@ -45,9 +47,10 @@ class PHA(ActivationMethod):
         temperature: Of the cosines.
         gain: Size of the start of what emits the up-projection, in the units of the hyperfan-in start; the official code's is 0.001, as the
             down-projection's here. The default of 0 starts exactly at the base model.
+        retriever: Pattern of the one chosen site whose output the retriever sees; empty: it sees the first site's input.
 
     Parameters per site:
-        ``place`` (1,), which layer, not trained; at the first site, with several tasks, ``R_1`` (hidden, d), ``R_2`` (size, hidden) and biases.
+        ``place`` (1,), which layer, not trained; at the retriever's site, with several tasks, ``R_1`` (hidden, d), ``R_2`` (size, hidden) and biases.
 
     Parameters shared by all sites:
         ``k`` (n_tasks, size), prototypes, and ``l`` (layers, size), standard normal; ``L_1`` (hidden, 2 size), ``L_2`` (size, hidden), ``c_1``, ``c_2``,
@@ -77,6 +80,7 @@ class PHA(ActivationMethod):
     weight: float = 0.1
     temperature: float = 0.1
     gain: float = 0.0
+    retriever: str = ""
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -87,13 +91,25 @@ class PHA(ActivationMethod):
         for field in ("n_tasks", "bottleneck", "size", "hidden", "temperature"):
             if getattr(self, field) < (1 if field != "temperature" else 1e-6):
                 raise InputError(f"pha.{field} is {getattr(self, field)}; it is too small")
+        if self._retrieves(site) and site.axis == -1:
+            return
         if site.axis != -1 or (site.layer is not None and site.layer.shape[0] != site.layer.shape[1]):
             raise InputError(f"{site.name or '(model)'}: pha needs features last, as many in the output as in the input; choose mlp sites")
 
+    def _retrieves(self, site: Site) -> bool:
+        return bool(self.retriever) and fnmatchcase(site.name, self.retriever)
+
     def plan(self, sites: Sequence[Site]) -> Mapping[str, Tensors]:
-        return {s.name: {"place": torch.tensor([i])} for i, s in enumerate(sites)}
+        seen, adapted = [s for s in sites if self._retrieves(s)], [s for s in sites if not self._retrieves(s)]
+        if self.retriever and (len(seen) != 1 or self.n_tasks < 2 or not adapted):
+            raise InputError(
+                f"pha: retriever={self.retriever!r} names {len(seen)} of {len(sites)} sites and there are {self.n_tasks} tasks; it names one of the "
+                "chosen sites, others are adapted, and one task has nothing to retrieve"
+            )
+        return {s.name: {"place": torch.tensor([i])} for i, s in enumerate((*adapted, *seen))}
 
     def shared(self, sites: Sequence[Site]) -> Tensors:
+        sites = [s for s in sites if not self._retrieves(s)]
         widths = {s.features for s in sites}
         if len(widths) > 1:
             raise InputError(f"pha: one hypernetwork emits adapters of one width, not {sorted(widths)}; choose sites of one width")
@@ -109,12 +125,15 @@ class PHA(ActivationMethod):
 
     def init(self, site: Site) -> Tensors:
         p: Tensors = {"place": frozen(site.statistics["place"].clone())}
-        if self.n_tasks > 1 and not int(site.statistics["place"]):
+        if self.n_tasks > 1 and (self._retrieves(site) if self.retriever else not int(site.statistics["place"])):
             first, second = nn.Linear(site.features, self.hidden, device=site.device), nn.Linear(self.hidden, self.size, device=site.device)
             p |= {"R_1": first.weight, "r_1": first.bias, "R_2": second.weight, "r_2": second.bias}
         return p
 
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
+        if self.retriever and "R_1" in p:
+            self._note(p, h)
+            return h
         x, d = x.to(h.dtype), h.shape[-1]
         joined = torch.cat([p["k"], p["l"].index_select(0, p["place"]).expand(self.n_tasks, -1)], -1)
         e = F.linear(F.linear(joined, p["L_1"], p["c_1"]).relu(), p["L_2"], p["c_2"])
@@ -127,9 +146,13 @@ class PHA(ActivationMethod):
         inner = torch.baddbmm(b_down[ids][:, None], x.reshape(len(h), -1, d), down[ids].mT).relu()
         y = h + torch.baddbmm(b_up[ids][:, None], inner, up[ids].mT).view(h.shape)
         if "R_1" in p:
-            mean = pooled(x.reshape(len(h), -1, d), p.get("call.attention_mask"))
-            cast(Tensors, p["notes"]).update({"instances": F.linear(F.linear(mean, p["R_1"], p["r_1"]).relu(), p["R_2"], p["r_2"]), "tasks": ids})
+            self._note(p, x)
         return y
+
+    def _note(self, p: Tensors, seen: Tensor) -> None:
+        mean = pooled(seen.reshape(len(seen), -1, seen.shape[-1]), p.get("call.attention_mask"))
+        instances = F.linear(F.linear(mean, p["R_1"], p["r_1"]).relu(), p["R_2"], p["r_2"])
+        cast(Tensors, p["notes"]).update({"instances": instances, "tasks": self._tasks(p, len(seen))})
 
     def _tasks(self, p: Tensors, rows: int) -> Tensor:
         ids = p["call.task_ids"]

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exapt.core.contract import ActivationMethod, Tensors, frozen
+from exapt.core.dispatch import low_rank_experts
 from exapt.core.errors import InputError
 from exapt.core.registry import register
 from exapt.core.sites import Site
@@ -74,10 +74,8 @@ class XLoRA(ActivationMethod):
         return {"A": a, "B": a.new_zeros(self.experts, d_out, self.rank), "place": frozen(site.statistics["place"].clone())}
 
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
-        low = F.linear(x.to(h.dtype), p["A"].flatten(0, 1)).unflatten(-1, (self.experts, self.rank))
-        if self.experts > 1:
-            low = low * self._scalings(p, h)[..., None]
-        return h + self.weight * self.alpha / self.rank * F.linear(low.flatten(-2), p["B"].transpose(0, 1).flatten(1))
+        gates = self._scalings(p, h) if self.experts > 1 else h.new_ones(1)
+        return h + self.weight * self.alpha / self.rank * low_rank_experts(x.to(h.dtype), gates, p["A"], p["B"], self.top_k)
 
     def _scalings(self, p: Tensors, h: Tensor) -> Tensor:
         given = p["call.scalings"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ CANDIDATES: tuple[Steps, ...] = (
     *((("compeft", {"density": d, "per": p}),) for d in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5) for p in ("adapter", "tensor")),
     *((("precision_codebook", {"bits": b}),) for b in (1, 2, 3, 4)),
     *((("uniform_groups", {"bits": b}),) for b in (2, 3, 4, 6, 8)),
-    *((("svd_truncation", {"rank": r}), ("uniform_groups", {"bits": b})) for r in (1, 2, 4) for b in (4, 8)),
+    *((("svd_truncation", {"rank": r}), ("uniform_groups", {"bits": b})) for r in (1, 2, 3, 4, 6, 8, 12, 16) for b in (2, 3, 4)),
+    *((("svd_truncation", {"rank": r}), ("uniform_groups", {"bits": 8})) for r in (1, 2, 4)),
+    *((("svd_truncation", {"error": e}), ("uniform_groups", {"bits": b})) for e in (0.2, 0.4, 0.6) for b in (2, 3, 4)),
     *((("svd_truncation", {"error": e}), ("cast", {})) for e in (0.05, 0.2)),
     (("bitdelta", {}),),
     (("cast", {}),),
     (("lossless", {}),),
 )
-"""What is tried where nothing is said: every codec, from strong to weak. Alphas are tuned besides."""
+"""What is tried where nothing is said: every codec, from strong to weak, and low ranks in few bits, which together come out smallest. Alphas are tuned
+besides."""
 Score = Callable[[AdapterFile], Any]
 
 
@@ -68,8 +72,8 @@ def smallest(
     """Finds the smallest file whose score drops at most ``max_drop``.
 
     All candidates are encoded, and measured from the smallest up until one passes. Where a codec has a factor to tune (ComPEFT's alpha), its
-    values are tried when the codec's own choice fails; they do not change the size. Choosing among many on the same rows flatters the choice
-    a little: keep other rows to measure it once more.
+    values are tried when the codec's own choice fails, from the middle on uphill; they do not change the size. Choosing among many on the
+    same rows flatters the choice a little: keep other rows to measure it once more.
 
     Args:
         file: The adapter, or its file.
@@ -91,20 +95,21 @@ def smallest(
     if certain and len(first) < 2:
         raise InputError("certain=True needs a score for each row, to resample; this score is one number")
     left_out: dict[str, str] = {}
-    made = []
+    made: dict[bytes, tuple[int, Steps]] = {}  # the candidates themselves would take the memory of many adapters
     for steps in candidates if candidates is not None else CANDIDATES:
         try:
-            made.append(compress(source, steps))
+            data = compress(source, steps).data
+            made.setdefault(sha256(data).digest(), (len(data), steps))  # a rank above the adapter's own gives another's file again
         except InputError as e:
             left_out[" + ".join(k for k, _ in steps)] = str(e)
     if not made:
         raise InputError(f"none of {len(left_out)} candidates fits this adapter ({next(iter(left_out.values()), 'none was given')})")
     lossless = compress(source, "lossless")
     tried: list[Tried] = []
-    for candidate in sorted(made, key=lambda c: c.bytes):
-        if candidate.bytes >= lossless.bytes:
+    for size, steps in sorted(made.values(), key=lambda c: c[0]):
+        if size >= lossless.bytes:
             break
-        for variant in _variants(source, candidate):
+        for variant in _variants(source, compress(source, steps), tried):
             rows = _rows(score(variant.file), first)
             drop, interval = _drop(first, rows, resamples, seed)
             tried.append(Tried(variant.name, variant.bytes, variant.error, _value(rows), drop, interval))
@@ -113,14 +118,25 @@ def smallest(
     return Smallest(lossless, _value(first), 0.0, (0.0, 0.0) if len(first) > 1 else None, tuple(tried), left_out)
 
 
-def _variants(source: AdapterFile, candidate: Compressed) -> Any:
-    """The candidate itself, then with the other values of what its codec lets a score choose."""
+def _variants(source: AdapterFile, candidate: Compressed, tried: Sequence[Tried]) -> Iterator[Compressed]:
+    """The candidate itself, then with other values of what its codec lets a score choose: from the middle in the direction in which the drop, the last of
+    ``tried``, does not grow."""
     yield candidate
     key, given = candidate.steps[-1]
     for name, values in codecs()[key].tunable.items() if key in codecs() else ():
-        for value in values if name not in given else ():
-            if value is not None:
-                yield compress(source, [*candidate.steps[:-1], (key, {**given, name: value})])
+        known = [v for v in values if v is not None and name not in given]
+        start, best = len(known) // 2, float("inf")
+        for places in ([start], range(start + 1, len(known)), range(start - 1, -1, -1)) if known else ():
+            moved, worse = False, 0
+            for i in places:
+                yield compress(source, [*candidate.steps[:-1], (key, {**given, name: known[i]})])
+                worse = worse + 1 if tried[-1].drop > best else 0
+                if worse == 2:  # one may be chance
+                    break
+                if not worse:
+                    moved, best = i != start, tried[-1].drop
+            if moved:
+                break
 
 
 def _rows(found: Any, like: np.ndarray | None) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from exapt.algebra.edit.closed_form import null_space, projected
@@ -47,12 +46,13 @@ class AlphaEdit(Editor):
         kept: dict[str, dict[str, Tensor]] = editing.memory.setdefault("alphaedit", {})
         for s in editing.sites:
             if s.name not in kept:
-                p = null_space(editing.keys_of(s, "AlphaEdit"), self.threshold)
-                kept[s.name] = {"P": p, "past": torch.zeros_like(p)}
+                basis = null_space(editing.keys_of(s, "AlphaEdit"), self.threshold)
+                kept[s.name] = {"U": basis, "past": basis.new_zeros(basis.shape[1], basis.shape[1])}
 
         def update(site: Site, residuals: Tensor, keys: Tensor) -> Tensor:
-            return projected(residuals, keys, kept[site.name]["P"], kept[site.name]["past"], self.ridge)
+            return projected(residuals, keys, kept[site.name]["U"], kept[site.name]["past"], self.ridge)
 
         spread(editing, found, self.value, update)
         for name, keys in each_key(editing, editing.sites, found).items():
-            kept[name]["past"] += keys.double().T @ keys.double()
+            free = keys.double() @ kept[name]["U"]
+            kept[name]["past"] += free.T @ free

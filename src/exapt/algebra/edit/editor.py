@@ -31,7 +31,7 @@ def editor(key: str, **settings: Any) -> Editor:
         InputError: for a key that is no editor's, or a setting that it does not have.
 
     >>> editor("rome", ridge=0.1)
-    ROME(value=Value(steps=20, rate=0.5, divergence=0.0625, decay=0.5, clamp=4.0), ridge=0.1)
+    ROME(value=Value(steps=20, rate=0.5, divergence=0.0625, decay=0.5, clamp=4.0, enough=0.05), ridge=0.1)
     """
     made = component_of(key, "editor")
     nested: dict[str, Any] = {f.name: f.default for f in fields(made) if is_dataclass(f.default)}

@@ -173,6 +173,23 @@ def ridged(c: Tensor, ridge: float) -> Tensor:
     return c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
 
 
+def factored(editing: Editing, site: Site, who: str, ridge: float, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A site's ridged covariance times a weight, and its lower Cholesky factor, computed for the first edit and kept for the others.
+
+    Raises:
+        InputError: as :meth:`Editing.keys_of`, and for a covariance that is not positive definite.
+    """
+    kept = editing.memory.setdefault("covariance", {})
+    if (site.name, ridge, weight) not in kept:
+        c = weight * ridged(editing.keys_of(site, who), ridge)
+        factor, failed = torch.linalg.cholesky_ex(c)
+        if int(failed):
+            raise InputError(f"{site.name}: its covariance is not positive definite with a ridge of {ridge}; raise it, or give more keys")
+        kept[site.name, ridge, weight] = c, factor
+    found: tuple[Tensor, Tensor] = kept[site.name, ridge, weight]
+    return found
+
+
 def each_key(editing: Editing, sites: Sequence[Site], edits: Sequence[Edit]) -> dict[str, Tensor]:
     """The key of each edit at each site (n, d_in): the mean over the prompt alone and behind every context."""
     flat = [(i, row, place) for i, e in enumerate(edits) for row, place in editing.placed(e)]

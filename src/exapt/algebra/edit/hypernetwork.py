@@ -113,7 +113,7 @@ class Learned(Editor):
             editing: The model; it is not edited.
             edits: Edits, with locality probes where they have some.
             steps: Steps of Adam.
-            batch: Edits in one step.
+            batch: Edits in one step: as many as will be made at once, for the sum of several shifts is larger than one.
             rate: Adam's learning rate; gradients are clipped to norm 1.
             locality: :math:`\lambda`.
 
@@ -124,6 +124,8 @@ class Learned(Editor):
         if steps < 1 or not 1 <= batch <= len(found):
             raise InputError(f"{self._name}: {steps} steps of {batch} edits out of {len(found)}; give at least one step, and a batch no larger than that")
         parameters = [p for n in self._networks(editing).values() for p in n.parameters()]
+        if batch == 1:  # one row has no deviation: the normalisation sees all edits first
+            self._shifts(editing, found, learn=True)
         adam, generator, losses = torch.optim.Adam(parameters, rate), seeded(self.seed, self._name, "batches"), []
         for _ in range(steps):
             chosen = [found[i] for i in torch.randperm(len(found), generator=generator)[:batch].tolist()]

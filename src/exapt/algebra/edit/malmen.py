@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from exapt.algebra.edit.closed_form import regularised
 from exapt.algebra.edit.hypernetwork import EditNetwork, Learned
 from exapt.core.components import component
 
@@ -33,5 +33,4 @@ class MALMEN(Learned):
     def update(self, network: EditNetwork, key: Tensor, gradient: Tensor, site: int) -> Tensor:
         pseudo_key, pseudo_gradient = network(key, gradient, site)
         d = -network.rate[site] * (key * pseudo_key).sum(-1, keepdim=True) * pseudo_gradient
-        system = key.T @ key + network.penalty[site].exp() * torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
-        return torch.linalg.solve(system, key.T @ d).T
+        return regularised(key, d, network.penalty[site].exp())

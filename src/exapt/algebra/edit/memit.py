@@ -10,7 +10,7 @@ from torch import Tensor
 
 from exapt.algebra.edit.closed_form import least_squares
 from exapt.algebra.edit.editor import Editor
-from exapt.algebra.edit.host import Editing, each_key, ridged
+from exapt.algebra.edit.host import Editing, each_key, factored
 from exapt.algebra.edit.reading import read_at
 from exapt.algebra.edit.request import Edit, checked
 from exapt.algebra.edit.value import Value
@@ -48,8 +48,8 @@ class MEMIT(Editor):
     def edit(self, editing: Editing, edits: Sequence[Edit]) -> None:
         if self.weight < 0:
             raise InputError(f"memit.weight is {self.weight}; it is positive, or 0 for the number of inputs")
-        c = {s.name: (self.weight or s.shape[1]) * ridged(editing.keys_of(s, "MEMIT"), self.ridge) for s in editing.sites}
-        spread(editing, checked(edits), self.value, lambda site, residuals, keys: least_squares(residuals, keys, c[site.name]))
+        known = {s.name: factored(editing, s, "MEMIT", self.ridge, self.weight or s.shape[1]) for s in editing.sites}
+        spread(editing, checked(edits), self.value, lambda site, residuals, keys: least_squares(residuals, keys, *known[site.name]))
 
 
 def spread(editing: Editing, edits: Sequence[Edit], value: Value, update: Callable[[Site, Tensor, Tensor], Tensor]) -> None:
@@ -65,24 +65,29 @@ def spread(editing: Editing, edits: Sequence[Edit], value: Value, update: Callab
         InputError: for several sites in a model that does not add them up in one stream.
     """
     last = editing.sites[-1]
-    found = [value.find(editing, last, e) for e in edits]
     rows, places = [e.prompt for e in edits], [e.place for e in edits]
-    seen = _stream(editing, last) if len(editing.sites) > 1 else last
-    z = read_at(editing.model, [seen], rows, places)[seen.name][1] + torch.stack([delta for _, delta in found])
+    seen = _stream(editing)
+    before = read_at(editing.model, [seen], rows, places)[seen.name][1]
+    # bound and decay are in norms of the stream here, as in the official code; ROME's are in those of the layer's output, which is much smaller
+    found = [value.find(editing, last, e, norm=float(h.norm())) for e, h in zip(edits, before, strict=True)]
+    z = before + torch.stack([delta for _, delta in found])
     for i, site in enumerate(editing.sites):
         keys = each_key(editing, [site], edits)[site.name].double()
         missing = (z - read_at(editing.model, [seen], rows, places)[seen.name][1]).double() / (len(editing.sites) - i)
         editing.shift({site.name: update(site, missing, keys)})
 
 
-def _stream(editing: Editing, last: Site) -> Site:
-    """The block that ends with the last site: what its layers add up in."""
+def _stream(editing: Editing) -> Site:
+    """The block that ends with the last site: what its layers add up in. One site alone stands for itself where there is none."""
+    last = editing.sites[-1]
     blocks = [s for s in all_sites(editing.model) if s.role == "block" and last.name.startswith(f"{s.name}.")]
     normed_after = any(p.role == "norm" and _after(p, last) for p in all_sites(editing.model) if blocks and p.name.startswith(f"{blocks[0].name}."))
-    if not blocks or normed_after:
+    if blocks and not normed_after:
+        return blocks[0]
+    if len(editing.sites) > 1:
         why = "normalises its sum" if blocks else "has no blocks"
         raise InputError(f'edits are spread over layers that add up in one stream, but this model {why}; name one layer, such as where="{last.name}"')
-    return blocks[0]
+    return last
 
 
 def _after(norm: Site, last: Site) -> bool:

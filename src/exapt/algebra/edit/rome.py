@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from exapt.algebra.edit.closed_form import rank_one
 from exapt.algebra.edit.editor import Editor
-from exapt.algebra.edit.host import Editing, each_key, ridged
+from exapt.algebra.edit.host import Editing, each_key, factored
 from exapt.algebra.edit.reading import read_at
 from exapt.algebra.edit.request import Edit, checked
 from exapt.algebra.edit.value import Value
@@ -39,9 +39,9 @@ class ROME(Editor):
 
     def edit(self, editing: Editing, edits: Sequence[Edit]) -> None:
         site = editing.one("ROME")
-        c = ridged(editing.keys_of(site, "ROME"), self.ridge)
+        c, factor = factored(editing, site, "ROME", self.ridge)
         for edit in checked(edits):
             start, delta = self.value.find(editing, site, edit)
             key, now = (t[0].double() for t in read_at(editing.model, [site], [edit.prompt], [edit.place])[site.name])
             mean_key = each_key(editing, [site], [edit])[site.name][0].double()
-            editing.shift({site.name: rank_one((start + delta).double() - now, key, c, mean_key)})
+            editing.shift({site.name: rank_one((start + delta).double() - now, key, c, mean_key, factor)})

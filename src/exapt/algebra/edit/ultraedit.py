@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exapt.algebra.edit.closed_form import regularised
 from exapt.algebra.edit.editor import Editor
 from exapt.algebra.edit.host import Editing
 from exapt.algebra.edit.moments import Moments
@@ -64,5 +65,4 @@ def solved(h: Tensor, g: Tensor, moments: Moments, rate: float) -> Tensor:
     """The update (d_out, d_in) of one matrix from hidden states (n, d_in) and gradients (n, d_out)."""
     normal = moments.normalised(torch.cat([h, g], -1))
     key, gradient = normal[:, : h.shape[1]], normal[:, h.shape[1] :]
-    v = -rate * key.square().sum(-1, keepdim=True) * gradient
-    return torch.linalg.solve(h.T @ h + torch.eye(h.shape[1], dtype=h.dtype, device=h.device), h.T @ v).T
+    return regularised(h, -rate * key.square().sum(-1, keepdim=True) * gradient, torch.ones((), dtype=h.dtype, device=h.device))

@@ -23,8 +23,8 @@ class Value:
     .. math:: \min_\delta \frac1N \sum_j -\log p(y \mid x_j, m + \delta) + \lambda_{KL}\, KL(p_0 \| p_\delta) + \lambda_w \frac{\|\delta\|}{\|m\|^2},
               \quad \|\delta\| \le c \|m\|
 
-    by Adam, over the contexts :math:`x_j`; it stops below a loss of 0.05. The divergence is of the next token after the subject, where the prompt goes on
-    behind it: a causal model sees no more of the prompt "SUBJECT is a", which the papers add, than those tokens.
+    by Adam, over the contexts :math:`x_j`; it stops where the loss is small enough. The divergence is of the next token after the subject, where the
+    prompt goes on behind it: a causal model sees no more of the prompt "SUBJECT is a", which the papers add, than those tokens.
 
     Args:
         steps: Steps at most.
@@ -32,6 +32,7 @@ class Value:
         divergence: :math:`\lambda_{KL}`.
         decay: :math:`\lambda_w`.
         clamp: Largest norm :math:`c`, in norms of :math:`m`.
+        enough: Loss below which it stops, 0.05 in the official code; a larger one leaves more of the rest as it was.
     """
 
     steps: int = 20
@@ -39,9 +40,10 @@ class Value:
     divergence: float = 0.0625
     decay: float = 0.5
     clamp: float = 4.0
+    enough: float = 0.05
 
-    def find(self, editing: Editing, site: Site, edit: Edit) -> tuple[Tensor, Tensor]:
-        """Returns ``m`` at the edit's own prompt and ``delta``, both (d_out,) and detached."""
+    def find(self, editing: Editing, site: Site, edit: Edit, norm: float | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``m`` at the edit's own prompt and ``delta``, both (d_out,) and detached; ``norm`` stands for that of ``m`` in bound and decay."""
         placed = editing.placed(edit)
         rows = [torch.cat([row, edit.target[:-1].to(row)]) if isinstance(edit.target, Tensor) else row for row, _ in placed]
         delta = torch.zeros(site.shape[0], device=site.device, requires_grad=True)
@@ -51,15 +53,16 @@ class Value:
         with torch.enable_grad():
             for step in range(self.steps):
                 loss = self._loss(editing, site, edit, placed, rows, delta, start, before)
-                loss = loss + self.decay * delta.norm() / start[0].norm().square().clamp_min(1e-12) if step else loss
+                size = start[0].norm() if norm is None else start[0].new_tensor(norm)
+                loss = loss + self.decay * delta.norm() / size.square().clamp_min(1e-12) if step else loss
                 if not bool(torch.isfinite(loss)):
                     raise InputError(f"{site.name}: the value of an edit came out as NaN or infinity; lower the rate ({self.rate})")
-                if float(loss.detach()) < 0.05 or step == self.steps - 1:
+                if float(loss.detach()) < self.enough or step == self.steps - 1:
                     break
                 (delta.grad,) = torch.autograd.grad(loss, delta)
                 adam.step()
                 with torch.no_grad():
-                    delta.mul_((self.clamp * start[0].norm() / delta.norm().clamp_min(1e-12)).clamp_max(1))
+                    delta.mul_((self.clamp * size / delta.norm().clamp_min(1e-12)).clamp_max(1))
         return start[0], delta.detach()
 
     def _loss(

@@ -99,10 +99,11 @@ class WISE(Editor):
         optimiser = torch.optim.SGD([d], lr=self.rate)
         bare = disabled(editing.model) if adapters(editing.model) else contextlib.nullcontext()
         with torch.enable_grad(), bare:
+            own, other = (self._input(editing, site, row) for row in (edit.row, edit.locality[0].row))
             for step in range(self.steps + 1):
                 with hooked([site], added({site.name: d})):
                     total = loss(editing.model, [edit])
-                inside, outside = (self._reaction(editing, site, d, row) for row in (edit.row, edit.locality[0].row))
+                inside, outside = (F.linear(x.to(d.dtype), d).norm(dim=-1).mean() for x in (own, other))
                 total = total + F.relu(outside - self.alpha) + F.relu(self.beta - inside) + F.relu(self.gamma + outside - inside)
                 if not bool(torch.isfinite(total)):
                     raise InputError(f"{site.name}: wise_memory came out as NaN or infinity; lower the rate ({self.rate})")
@@ -116,11 +117,12 @@ class WISE(Editor):
         memory["shards"][-1] = d.detach()
         return float(inside.detach())
 
-    def _reaction(self, editing: Editing, site: Site, d: Tensor, row: Tensor) -> Tensor:
+    def _input(self, editing: Editing, site: Site, row: Tensor) -> Tensor:
+        """The layer's input for one row; the side memory itself does not change it."""
         seen: list[Tensor] = []
         with torch.no_grad(), hooked([site], lambda s, x, h: seen.append(x[0])):
             called(editing.model, stacked([row], editing.model))
-        return F.linear(seen[0].to(d.dtype), d).norm(dim=-1).mean()
+        return seen[0]
 
     def _merge(self, memory: dict[str, Any]) -> None:
         """Makes one of the shards since the last merge; the least of their thresholds stays."""

@@ -1,6 +1,7 @@
 """Surgery on mixtures of experts that became modules: take unused experts out, add new ones (Chen et al.'s modular vision model, 2023).
 
-The paper's text and code could not be read here: the formulas are from the abstract and from memory.
+The experts and their routers are :class:`exapt.ModularExperts`. The paper's code could not be read here; the rule by which experts are taken out is that
+of its forerunner Mod-Squad's official code: those above a threshold of usage stay, and at least as many as act on a token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from exapt.core.components import component
 from exapt.core.contract import seeded
 from exapt.core.errors import InputError
+from exapt.methods.modular_experts import mutual_information
 
 Tree = Mapping[str, Tensor]
 
@@ -27,7 +29,7 @@ def prune_experts(tensors: Tree, load: Tensor, threshold: float = 0.01, least: i
         tensors: One site's tensors, experts first: its router (E, d) and what its experts own (E, ...).
         load: Share of the task's tokens that fell on each expert (E,), as ``exapt.noted(model)`` shows it, averaged over batches.
         threshold: Experts of a smaller share go.
-        least: How many stay in any case, the most used.
+        least: How many stay in any case, the most used: at least as many as act on a token.
 
     Returns:
         The tensors of the experts that stay, and which they are.
@@ -49,6 +51,26 @@ def prune_experts(tensors: Tree, load: Tensor, threshold: float = 0.01, least: i
     stays = (load >= threshold).nonzero()[:, 0]
     kept = stays if len(stays) >= least else load.topk(least).indices.sort().values
     return {k: t[kept].clone() for k, t in tensors.items()}, kept
+
+
+def of_task(tensors: Tree, task: int, router: str = "R") -> dict[str, Tensor]:
+    """One task's part of a site: the other tasks' routers are left out, so that the tensors serve a method with one task.
+
+    Args:
+        tensors: One site's tensors, experts first.
+        task: Which task.
+        router: The routers' name, (E, tasks, d).
+
+    Raises:
+        InputError: for a task that there is not.
+
+    >>> of_task({"R": torch.arange(4).view(1, 2, 2)}, 1)["R"].tolist()
+    [[[2, 3]]]
+    """
+    if router not in tensors or tensors[router].dim() != 3 or not 0 <= task < tensors[router].shape[1]:
+        shape = tuple(tensors[router].shape) if router in tensors else None
+        raise InputError(f"of_task: {router} is {shape}, and task {task} was asked for; give routers (experts, tasks, d) and a task of theirs, from 0")
+    return {**tensors, router: tensors[router][:, task : task + 1].clone()}
 
 
 @component("add_experts", kind="upcycling", paper="An Efficient General-Purpose Modular Vision Model via Multi-Task Heterogeneous Training")
@@ -118,9 +140,7 @@ def task_information(probability: Tensor, tasks: Tensor, number: int) -> Tensor:
     member = torch.nn.functional.one_hot(tasks, number).to(probability.dtype)
     present = member.sum(0)
     given = member.T @ probability / present.clamp(min=1)[:, None]
-    joint = given[present > 0] / (present > 0).sum()
-    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    return torch.special.xlogy(joint, joint).sum() - torch.special.xlogy(joint, apart).sum()
+    return mutual_information(given[present > 0] / (present > 0).sum())
 
 
 def _check(tensors: Tree, number: int) -> None:

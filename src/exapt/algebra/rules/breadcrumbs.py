@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.sparsify import Consensus, Rescale, combined, shares_of, sparsified, without_outliers
+from exapt.algebra.sparsify import Consensus, Rescale, band, combined, shares_of, sparsified, without_outliers
+from exapt.algebra.streamed import Parts, banded, sparse
 
 
-@rule("breadcrumbs", paper="Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", oracle="mergekit")
+def _streamed(
+    parts: Parts, weights: Tensor | None = None, *, density: float | Sequence[float], gamma: float, scale: float, consensus: Consensus, normalise: bool,
+    rescale: Rescale,
+) -> Iterator[Tensor]:  # fmt: skip
+    (top,) = shares_of("gamma", gamma, 1)
+    shares = shares_of("density", density, len(parts))
+    for crumbs in sparse(lambda: parts, shares, banded(parts, shares, lambda n, d: band(n, d, top)), rescale):
+        yield scale * combined(crumbs, weights, consensus=consensus, normalise=normalise)
+
+
+@rule("breadcrumbs", paper="Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", oracle="mergekit", streamed=_streamed)
 def breadcrumbs_merged(
     deltas: Tensor, weights: Tensor | None = None, *,
     density: float | Sequence[float] = 0.9, gamma: float = 0.01, scale: float = 1.0, consensus: Consensus = "none", normalise: bool = False,

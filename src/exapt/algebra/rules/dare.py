@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.sparsify import Consensus, Rescale, combined, drawn, sparsified
+from exapt.algebra.sparsify import Consensus, Rescale, combined, drawn, shares_of, sparsified
+from exapt.algebra.streamed import Mark, Parts, generators, sparse
 
 
-@rule("dare", paper="Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", oracle="mergekit")
+def _streamed(
+    parts: Parts, weights: Tensor | None, generator: torch.Generator, *, density: float | Sequence[float], scale: float, consensus: Consensus, normalise: bool,
+    rescale: Rescale,
+) -> Iterator[Tensor]:  # fmt: skip
+    shares = shares_of("density", density, len(parts))
+    positioned = generators(generator, shares, parts.elements)
+
+    def begin() -> Mark:
+        draws = positioned()
+        return lambda i, x: (drawn(torch.full_like(x, shares[i]), draws[i]), shares[i])
+
+    for dropped in sparse(lambda: parts, shares, begin, rescale):
+        yield scale * combined(dropped, weights, consensus=consensus, normalise=normalise)
+
+
+@rule(
+    "dare", paper="Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", oracle="mergekit", streamed=_streamed
+)  # fmt: skip
 def dare_merged(
     deltas: Tensor, weights: Tensor | None = None, generator: torch.Generator | None = None, *,
     density: float | Sequence[float] = 0.5, scale: float = 1.0, consensus: Consensus = "none", normalise: bool = False, rescale: Rescale = "density",

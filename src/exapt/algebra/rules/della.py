@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.sparsify import Consensus, Rescale, combined, drawn, rank_probabilities, sparsified
+from exapt.algebra.sparsify import Consensus, Rescale, combined, drawn, rank_probabilities, shares_of, sparsified
+from exapt.algebra.streamed import Mark, Parts, generators, sparse
 
 
-@rule("della", paper="DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", oracle="mergekit")
+def _streamed(
+    parts: Parts, weights: Tensor | None, generator: torch.Generator, *, density: float | Sequence[float], epsilon: float, scale: float, consensus: Consensus,
+    normalise: bool, rescale: Rescale,
+) -> Iterator[Tensor]:  # fmt: skip
+    shares = shares_of("density", density, len(parts))
+    positioned = generators(generator, shares, parts.elements)
+    row = parts.elements // parts.shape[0] if len(parts.shape) > 1 else parts.elements
+
+    def begin() -> Mark:
+        draws = positioned()
+
+        def mark(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            p = rank_probabilities(x, shares[i], epsilon)
+            return drawn(p, draws[i]), p
+
+        return mark
+
+    for dropped in sparse(lambda: parts.rows(row), shares, begin, rescale):
+        yield scale * combined(dropped, weights, consensus=consensus, normalise=normalise)
+
+
+@rule(
+    "della", paper="DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", oracle="mergekit", streamed=_streamed
+)  # fmt: skip
 def della_merged(
     deltas: Tensor, weights: Tensor | None = None, generator: torch.Generator | None = None, *,
     density: float | Sequence[float] = 0.5, epsilon: float = 0.15, scale: float = 1.0, consensus: Consensus = "sum", normalise: bool = True,

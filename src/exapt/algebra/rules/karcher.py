@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.sphere import inner, lengths, rows_of, units
+from exapt.algebra.streamed import Parts, gram, in_parts, spanned
 from exapt.core.errors import InputError
 
 
-@rule("karcher", paper="Functionality-Oriented LLM Merging on the Fisher-Rao Manifold", oracle="mergekit")
+def _streamed(parts: Parts, weights: Tensor | None = None, *, max_iter: int, tol: float) -> Iterator[Tensor]:
+    yield from spanned(parts, _coefficients(gram(parts), weights, max_iter, tol))
+
+
+@rule("karcher", paper="Functionality-Oriented LLM Merging on the Fisher-Rao Manifold", oracle="mergekit", streamed=_streamed)
 def karcher_mean(models: Tensor, weights: Tensor | None = None, *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
     r"""Finds the direction of least weighted squared arc length to all models by fixed-point steps; its norm is the weighted mean of norms.
 
@@ -38,26 +45,37 @@ def karcher_mean(models: Tensor, weights: Tensor | None = None, *, max_iter: int
     >>> karcher_mean(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
     tensor([1.4142, 1.4142])
     """
-    w = models.new_ones(len(models)) if weights is None else weights
+    return torch.tensordot(_coefficients(gram(in_parts(models)), weights, max_iter, tol).to(models), models, 1)
+
+
+def _coefficients(products: Tensor, weights: Tensor | None, max_iter: int, tol: float) -> Tensor:
+    """The models' coefficients in the mean, which lies in their span (m,), from their inner products (m, m)."""
+    w = products.new_ones(len(products)) if weights is None else weights.to(products)
     if bool((w < 0).any()) or not float(w.sum()) > 0:
         raise InputError(f"karcher: the weights {w.tolist()} must not be negative, and one must be positive")
     w = w / w.sum()
-    rows = rows_of(models)
-    norms = lengths(rows)[:, 0]
+    norms = products.diagonal().sqrt()
     here = norms > 0
-    if len(models) == 1 or not bool((here & (w > 0)).any()):
-        return models[0] if len(models) == 1 else torch.zeros_like(models[0])
+    if len(products) == 1 or not bool((here & (w > 0)).any()):
+        return torch.ones_like(w) if len(products) == 1 else torch.zeros_like(w)
+    scale = torch.where(here, 1 / norms, 0.0)
+    cosines = scale[:, None] * products * scale
     share = torch.where(here, w, 0.0) / w[here].sum()
-    u = units(rows)
-    mean = share @ u
-    mean = u[int(here.nonzero()[0])] if float(lengths(mean)) < tol else units(mean)
+    length = _length(share, cosines)
+    mean = share / length if length >= tol else torch.eye(len(w), dtype=w.dtype)[int(here.nonzero()[0])]
     for _ in range(max_iter):
-        cosines = inner(u, mean)[:, 0].clamp(-1, 1)
-        angles = torch.acos(cosines)
+        near = (cosines @ mean).clamp(-1, 1)
+        angles = torch.acos(near)
         pulls = torch.where(torch.sin(angles) < tol, 0.0, share * angles / torch.sin(angles))
-        step = pulls @ u - (pulls @ cosines) * mean
-        size = lengths(step)
-        if float(size) < tol:
+        step = pulls - (pulls @ near) * mean
+        size = _length(step, cosines)
+        if size < tol:
             break
-        mean = units(torch.cos(size) * mean + torch.sin(size) / size * step)
-    return ((w @ norms) * mean).reshape(models.shape[1:])
+        mean = math.cos(size) * mean + math.sin(size) / size * step
+        mean = mean / _length(mean, cosines)
+    return (w @ norms) * scale * mean
+
+
+def _length(c: Tensor, cosines: Tensor) -> float:
+    """Of a sum of unit vectors."""
+    return math.sqrt(max(float(c @ cosines @ c), 0.0))

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.sphere import inner, lengths, rows_of, units
+from exapt.algebra.streamed import Parts, gram, in_parts, spanned
 from exapt.core.errors import InputError
 
 
-@rule("multislerp", oracle="mergekit")
+def _streamed(parts: Parts, weights: Tensor | None = None, *, normalise: bool, eps: float) -> Iterator[Tensor]:
+    if len(parts) == 1:
+        yield from (part[0] for part in parts)
+    else:
+        yield from spanned(parts, _coefficients(gram(parts, origin=True), weights, normalise, eps), origin=True)
+
+
+@rule("multislerp", oracle="mergekit", streamed=_streamed)
 def multislerped(models: Tensor, weights: Tensor | None = None, base: Tensor | None = None, *, normalise: bool = True, eps: float = 1e-8) -> Tensor:
     r"""Averages directions in the tangent space at their weighted mean and goes back to the sphere; the norm is the weighted mean of norms.
 
@@ -42,23 +52,30 @@ def multislerped(models: Tensor, weights: Tensor | None = None, base: Tensor | N
     """
     if len(models) == 1:
         return models[0]
-    w = models.new_ones(len(models)) if weights is None else weights
+    rows = models if base is None else models - base
+    merged = torch.tensordot(_coefficients(gram(in_parts(rows)), weights, normalise, eps).to(models), rows, 1)
+    return merged if base is None else base + merged
+
+
+def _coefficients(products: Tensor, weights: Tensor | None, normalise: bool, eps: float) -> Tensor:
+    """The models' coefficients in the result, which lies in their span (m,), from their inner products (m, m)."""
+    w = products.new_ones(len(products)) if weights is None else weights.to(products)
     if normalise:
         if float(w.sum().abs()) < 1e-8:
             raise InputError(f"multislerp: the weights {w.tolist()} add up to zero, and cannot be normalised; pass normalise=False or others")
         w = w / w.sum()
-    rows = rows_of(models if base is None else models - base)
-    norms = lengths(rows)[:, 0]
-    u = rows / (norms[:, None] + eps)
-    mean = w @ u
-    if float(lengths(mean)) < eps:
-        if len(models) > 2 and bool(norms.any()):  # tensors that did not move are no contradiction
+    norms = products.diagonal().sqrt()
+    scale = 1 / (norms + eps)
+    cosines = scale[:, None] * products * scale
+
+    def length(c: Tensor) -> float:
+        return math.sqrt(max(float(c @ cosines @ c), 0.0))
+
+    if length(w) < max(eps, 1e-7):  # which is as near to zero as the models' precision tells
+        if len(w) > 2 and bool(norms.any()):  # tensors that did not move are no contradiction
             raise InputError("multislerp: the directions of the models cancel out under these weights; give others")
-        merged = w @ rows
-    else:
-        mean = units(mean)
-        tangent = w @ (u - inner(u, mean) * mean)
-        angle = lengths(tangent) + eps
-        merged = (w @ norms) * (torch.cos(angle) * mean + torch.sin(angle) / angle * tangent)
-    merged = merged.reshape(models.shape[1:])
-    return merged if base is None else base + merged
+        return w
+    mean = w / length(w)
+    tangent = w - (w @ cosines @ mean) * mean
+    angle = length(tangent) + eps
+    return (w @ norms) * (math.cos(angle) * mean + math.sin(angle) / angle * tangent) * scale

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from exapt.algebra.rule import rule
+from exapt.algebra.streamed import Parts
 from exapt.core.errors import InputError
 
 
-@rule("sens_merging", paper="Sens-Merging: Sensitivity-Guided Parameter Balancing for Merging Large Language Models")
+def _streamed(parts: Parts, weights: Tensor | None = None, statistics: Sequence[Tensor] | None = None, *, temperature: float, scale: float) -> Iterator[Tensor]:
+    return (sensitivity_guided(deltas, weights, statistics, temperature=temperature, scale=scale) for deltas in parts)
+
+
+@rule("sens_merging", paper="Sens-Merging: Sensitivity-Guided Parameter Balancing for Merging Large Language Models", streamed=_streamed)
 def sensitivity_guided(
     deltas: Tensor, weights: Tensor | None = None, statistics: Sequence[Tensor] | None = None, *, temperature: float = 1.0, scale: float = 1.0
 ) -> Tensor:

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sized
+
+import torch
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.sphere import along_arc
+from exapt.algebra.streamed import Parts, gram, in_parts, spanned
 from exapt.core.errors import InputError
 
+STRAIGHT = 0.9995
 
-def two(models: Tensor, key: str) -> tuple[Tensor, Tensor]:
-    """The two models of a rule that interpolates.
+
+def check_two(models: Sized, key: str) -> None:
+    """Refuses another number of models than the two that a rule interpolates.
 
     Raises:
         InputError: for another number.
     """
     if len(models) != 2:
         raise InputError(f"{key} interpolates 2 models, and got {len(models)}; multislerp and karcher take any number")
-    return models[0], models[1]
 
 
-@rule("slerp", oracle="mergekit")
+def arc(products: Tensor, t: float, straight: float) -> Tensor:
+    """Coefficients of two vectors in their spherical interpolation (2,), from their inner products (2, 2).
+
+    >>> arc(torch.eye(2), 0.5, 0.9995)
+    tensor([0.7071, 0.7071])
+    """
+    square = float(products[0, 0]) * float(products[1, 1])
+    cosine = min(1.0, max(-1.0, float(products[0, 1]) / math.sqrt(square))) if square else 0.0
+    theta = math.acos(cosine)
+    far = (1 - t, t) if abs(cosine) >= straight else (math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta))
+    return torch.tensor(far, dtype=products.dtype)
+
+
+def _streamed(parts: Parts, *, t: float) -> Iterator[Tensor]:
+    check_two(parts, "slerp")
+    yield from spanned(parts, arc(gram(parts), t, STRAIGHT))
+
+
+@rule("slerp", oracle="mergekit", streamed=_streamed)
 def slerped(models: Tensor, *, t: float = 0.5) -> Tensor:
     r"""Spherical linear interpolation of two models, each tensor one vector; linear where the cosine is 0.9995 or more in size.
 
@@ -40,8 +63,8 @@ def slerped(models: Tensor, *, t: float = 0.5) -> Tensor:
     References:
         Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985.
 
-    >>> import torch
     >>> slerped(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), t=1 / 3)
     tensor([1.7321, 1.0000])
     """
-    return along_arc(*two(models, "slerp"), t, None, 0.9995)
+    check_two(models, "slerp")
+    return torch.tensordot(arc(gram(in_parts(models)), t, STRAIGHT).to(models), models, 1)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from exapt.algebra.rule import rule
-from exapt.algebra.sparsify import Consensus, Rescale, combined, largest, sparsified
+from exapt.algebra.sparsify import Consensus, Rescale, combined, largest, shares_of, sparsified
+from exapt.algebra.streamed import Parts, banded, sparse
 
 
-@rule("ties", paper="TIES-Merging: Resolving Interference When Merging Models", oracle="mergekit")
+def _streamed(
+    parts: Parts, weights: Tensor | None = None, *, density: float | Sequence[float], scale: float, consensus: Consensus, normalise: bool, rescale: Rescale
+) -> Iterator[Tensor]:
+    shares = shares_of("density", density, len(parts))
+    for trimmed in sparse(lambda: parts, shares, banded(parts, shares, lambda n, d: (n - max(int(d * n), 1), n)), rescale):
+        yield scale * combined(trimmed, weights, consensus=consensus, normalise=normalise)
+
+
+@rule("ties", paper="TIES-Merging: Resolving Interference When Merging Models", oracle="mergekit", streamed=_streamed)
 def ties_merged(
     deltas: Tensor, weights: Tensor | None = None, *,
     density: float | Sequence[float] = 0.2, scale: float = 1.0, consensus: Consensus = "sum", normalise: bool = True, rescale: Rescale = "none",

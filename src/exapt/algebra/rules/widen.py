@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exapt.algebra.rule import rule
+from exapt.algebra.streamed import Parts, in_parts
 
 
-@rule("widen", paper="Extend Model Merging from Fine-Tuned to Pre-Trained Large Language Models via Weight Disentanglement")
+def _streamed(parts: Parts, weights: Tensor | None = None, name: str = "", *, ratio: float, calibration: float | None, embeddings: str) -> Iterator[Tensor]:
+    factors = torch.ones(len(parts), 1) if weights is None else weights[:, None]
+    if len(parts.shape) < 2:
+        sums = torch.zeros(len(parts), 1, dtype=torch.float64)
+        for deltas in parts:
+            sums += deltas.abs().sum(1, keepdim=True, dtype=torch.float64)
+        for deltas in parts:
+            yield (factors.to(deltas) * _scores(deltas.abs(), ratio, calibration, sums / parts.elements) * deltas).sum(0)
+        return
+    turned, size, row = _turned(parts.shape, name, embeddings), parts.elements // parts.shape[0], 0
+    scores = (factors * sum(_scores(_ranks(d), ratio, calibration) for d in _moved(parts, turned)) / 2).to(parts.dtype)
+    for deltas in parts.rows(size):
+        own = scores[:, row : row + deltas.shape[1], None] if turned else scores[:, None]
+        row += deltas.shape[1]
+        yield (own * deltas).sum(0)
+
+
+@rule("widen", paper="Extend Model Merging from Fine-Tuned to Pre-Trained Large Language Models via Weight Disentanglement", streamed=_streamed)
 def disentangled(
     deltas: Tensor, base: Tensor, weights: Tensor | None = None, name: str = "", *, ratio: float = 1.0, calibration: float | None = 1.0,
     embeddings: str = r"embed|\bwte\b|\bwpe\b",
@@ -42,20 +60,29 @@ def disentangled(
     >>> disentangled(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.ones(1, 2), calibration=None).round(decimals=3)
     tensor([[0.5610, 0.5610]])
     """
-    turned = deltas.dim() == 3 and bool(re.search(embeddings, name))
-    flat = deltas.mT if turned else deltas.flatten(2) if deltas.dim() > 2 else deltas
-    if deltas.dim() > 2:
-        still = base.mT if turned else base.flatten(1)
-        moved = still + flat
-        magnitude = (moved.norm(dim=1) - still.norm(dim=0)).abs()
-        direction = (1 - F.cosine_similarity(moved, still[None], dim=1)) * (flat != 0).any(1)  # exactly 0 where nothing moved
-        scores = (_scores(_ranks(magnitude), ratio, calibration) + _scores(_ranks(direction), ratio, calibration))[:, None] / 2
-    else:
-        scores = _scores(flat.abs(), ratio, calibration)
-    if weights is not None:
-        scores = scores * weights.reshape(-1, *[1] * (flat.dim() - 1))
-    merged = (scores * flat).sum(0)
-    return merged.mT if turned else merged.reshape(base.shape)
+    merged = _streamed(in_parts(deltas, base), weights, name, ratio=ratio, calibration=calibration, embeddings=embeddings)
+    return torch.cat([part.reshape(-1) for part in merged] or [deltas.new_empty(0)]).reshape(base.shape)
+
+
+def _turned(shape: tuple[int, ...], name: str, embeddings: str) -> bool:
+    return len(shape) == 2 and bool(re.search(embeddings, name))
+
+
+def _moved(parts: Parts, turned: bool) -> tuple[Tensor, Tensor]:
+    """How far the magnitude and the direction of every column have moved, (m, columns) each, in double precision."""
+    size = parts.elements // parts.shape[0]
+    sums, row = torch.zeros(4, len(parts), parts.shape[0] if turned else size, dtype=torch.float64), 0
+    for part, base in parts.pairs(size):
+        assert base is not None
+        flat, still = part.unflatten(1, (-1, size)).double(), base.reshape(-1, size).double()
+        moved, along = flat + still, -1 if turned else -2
+        own = still.square().sum(along).expand(len(part), -1)
+        place = sums[..., row : row + flat.shape[1]] if turned else sums
+        place += torch.stack([moved.square().sum(along), own, (moved * still).sum(along), flat.abs().sum(along)])
+        row += flat.shape[1]
+    now, before = sums[0].sqrt(), sums[1].sqrt()
+    cosines = sums[2] / (now.clamp(min=1e-8) * before.clamp(min=1e-8))
+    return (now - before).abs(), (1 - cosines) * (sums[3] > 0)  # exactly 0 where nothing moved
 
 
 def _ranks(d: Tensor) -> Tensor:
@@ -63,9 +90,9 @@ def _ranks(d: Tensor) -> Tensor:
     return d.argsort(dim=1, stable=True).argsort(dim=1).to(d.dtype) / d.shape[1]
 
 
-def _scores(significance: Tensor, ratio: float, calibration: float | None) -> Tensor:
+def _scores(significance: Tensor, ratio: float, calibration: float | None, mean: Tensor | None = None) -> Tensor:
     scores = significance.softmax(0)
     if calibration is None:
         return scores
-    mean = significance.flatten(1).mean(1).reshape(-1, *[1] * (significance.dim() - 1))
+    mean = significance.mean(1, keepdim=True) if mean is None else mean.to(significance)
     return torch.where(significance > ratio * mean, calibration, scores)
