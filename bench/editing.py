@@ -105,7 +105,7 @@ PLANS: dict[str, dict[str, Plan]] = {
         "alphaedit": Plan((25,), {**VALUE, "rate": 0.5, "clamp": 1.0, "enough": 0.3, "threshold": 0.2}),
         "memit": Plan((24, 25), {**VALUE, "clamp": 1.0, "enough": 0.3, "ridge": 0.1, "weight": 300.0}),
         "rome": Plan((25,), {**VALUE, "enough": 0.3, "ridge": 0.1}), "malmen": Plan((25,), {"rate": 1e-2}, learn=100),
-        "mend": Plan((25,), {"rate": 3e-4}, learn=100), "ultraedit": Plan((24, 25), {"rate": 3e-4}), "wise_memory": Plan((25,), WISE),
+        "mend": Plan((25,), {"rate": 3e-4}, learn=100), "ultraedit": Plan((22, 23, 24, 25), {"rate": 1e-3}), "wise_memory": Plan((25,), WISE),
     },
 }  # fmt: skip
 

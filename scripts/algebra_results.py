@@ -82,7 +82,7 @@ def share(value: float, low: float | None, high: float | None) -> str:
 def files(found: dict[str, Any]) -> Iterator[str]:
     yield "## Merging files"
     yield ""
-    yield "Whole models in safetensors files, each merge in a process of its own, exapt and mergekit in turns. Seconds are medians, with the least and the most;"
+    yield "Whole models in safetensors files, each merge in a process of its own, exapt and mergekit in turns. Seconds are medians, with least and most;"
     yield "exapt's include waiting for the disk (`fsync`). The ratio is mergekit's time over exapt's in the same round. Memory is the peak over that before,"
     yield "in multiples of one model's largest shard."
     yield ""
