@@ -18,7 +18,7 @@ STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.8)
 CLASSES = (1, 2, 3, 5)
 KINDS = ("noise", "light")
 _ROWS, _POOL = 64, 64
-LEAST_ROWS = 32
+LEAST_ROWS = 16
 _WIDTH, _RIDGE = 4.0, 0.3
 
 

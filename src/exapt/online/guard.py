@@ -49,10 +49,10 @@ class Guard:
         drop: Largest loss of confidence, without a labelled reference.
 
     >>> Guard().rows
-    200
+    100
     """
 
-    rows: int = 200
+    rows: int = 100
     margin: float = 0.5
     least: float = 0.5
     collapse: float = 0.5
