@@ -207,12 +207,18 @@ def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run([program, "fit", config, "--where", "querry"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["exapt"]
-    running = subprocess.Popen([program, "fit", config, "--train.steps", "100000", "--train.folder", tmp_path / "long"], stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if (tmp_path / "long" / "log.jsonl").exists():
-            break
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    running = subprocess.Popen(
+        [program, "fit", config, "--train.steps", "100000", "--train.folder", tmp_path / "long"], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background has it ignored, and hands that on
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            if (tmp_path / "long" / "log.jsonl").exists():
+                break
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130
     assert said.splitlines()[-1] == "exapt: interrupted"
