@@ -130,7 +130,6 @@ def server(python: str) -> subprocess.Popen[str]:
 
 def serve() -> None:
     """Takes one job a line, until there are no more."""
-
     if util.find_spec("mergekit") is not None:
         import mergekit.merge  # noqa: F401
     for line in sys.stdin:

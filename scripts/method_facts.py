@@ -97,11 +97,14 @@ def flops(model: nn.Module, x: Any, tasks: bool) -> int:
     asks = {p for p in model.parameters() if p.requires_grad}
     for parameter in asks:
         parameter.requires_grad_(False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer counts nothing, and adapters switch it off
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if tasks:
             model(x, task_ids=torch.zeros(1, dtype=torch.long))
         else:
             model(x)
+    torch.backends.mha.set_fastpath_enabled(fused)
     for parameter in asks:
         parameter.requires_grad_(True)
     return counter.get_total_flops()

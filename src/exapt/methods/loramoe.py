@@ -9,6 +9,7 @@ from torch import Tensor
 
 from exapt.core.checks import check_rank
 from exapt.core.contract import ActivationMethod, Tensors
+from exapt.core.dispatch import low_rank_experts
 from exapt.core.errors import InputError
 from exapt.core.registry import register
 from exapt.core.sites import Site
@@ -89,8 +90,8 @@ class LoRAMoE(ActivationMethod):
             q = gates.flatten(1, -2).sum(1) if gates.dim() > 2 else gates
             own = (kind != 0)[:, None] == (torch.arange(self.experts, device=q.device) >= self.knowledge)
             notes["Z"] = q * (1 - self.delta + 2 * self.delta * own.to(q.dtype))
-        low = F.linear(x.to(h.dtype), p["A"].to(h.dtype).flatten(0, 1)).unflatten(-1, (self.experts, self.rank)) * gates.to(h.dtype)[..., None]
-        return torch.add(h, F.linear(low.flatten(-2), p["B"].to(h.dtype).transpose(0, 1).flatten(1)), alpha=self.alpha / self.rank)
+        mixed = low_rank_experts(x.to(h.dtype), gates, p["A"].to(h.dtype), p["B"].to(h.dtype))
+        return torch.add(h, mixed, alpha=self.alpha / self.rank)
 
     def penalty(self, p: Tensors, w: Tensor) -> Tensor | None:
         notes: Any = p.get("notes", {})
