@@ -3,7 +3,8 @@
 #   make test    the test suite; SLOW=1 adds the long tests, ARGS="-k lora" narrows it
 #   make check   style, formatting, types, and the tables of methods
 #   make docs    the documentation, warnings are errors
-#   make bench   the benchmarks; make bench-shift those of shifts alone, make bench-algebra those of merging (an hour or more each, need the real data)
+#   make bench   the benchmarks, speed first (ADAPTERS="--adapters-python PATH": beside adapters too, of that interpreter's environment);
+#                make bench-shift those of shifts alone, make bench-algebra those of merging (an hour or more each, need the real data)
 #   make clean   removes what the others made
 
 PYTHON ?= python3
@@ -36,13 +37,16 @@ check: $(STAMP)
 	@$(BIN)/python scripts/component_table.py --check
 	@$(BIN)/python scripts/shift_results.py --check
 	@$(BIN)/python scripts/algebra_results.py --check
+	@$(BIN)/python scripts/speed_results.py --check
+	@$(BIN)/python scripts/saved_table.py --check
 
 docs: $(STAMP)
 	@$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: $(STAMP)
-	@set -e; for f in bench/run.py bench/methods.py; do echo "== $$f"; $(RUN) $(BIN)/python $$f; done
+	@set -e; for f in bench/speed.py "bench/speed_adapters.py $(ADAPTERS)" bench/methods.py; do echo "== $$f"; $(RUN) $(BIN)/python $$f; done
+	@$(BIN)/python scripts/speed_results.py
 
 bench-shift: $(STAMP)
 	@$(PIP) --editable ".[bench]"

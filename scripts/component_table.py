@@ -1,7 +1,8 @@
-"""Writes docs/components.md from the catalogue: statistics, objectives, test-time methods; the methods have a page of their own.
+"""Writes docs/components.md from the catalogue: statistics, objectives, test-time methods; the methods have a page of their own. Writes also
+src/exapt/cli/catalogue.json, from which the command line lists all of them.
 
-python scripts/component_table.py            rewrites it
-python scripts/component_table.py --check    changes nothing; exit status 1 if it is out of date
+python scripts/component_table.py            rewrites both
+python scripts/component_table.py --check    changes nothing; exit status 1 if one is out of date
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from method_table import table
 
 import exapt
+from exapt.cli import catalogue
 from exapt.core.components import Component
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "components.md"
@@ -77,15 +79,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    wanted = page()
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted:
-        return 0
-    if check:
-        print("docs/components.md is out of date: run python scripts/component_table.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    print("wrote docs/components.md")
-    return 0
+    wanted = {PAGE: page(), catalogue.FILE: catalogue.text()}
+    old = [f for f, text in wanted.items() if not f.is_file() or f.read_text(encoding="utf-8") != text]
+    for f in old:
+        if check:
+            print(f"{f.name} is out of date: run python scripts/component_table.py", file=sys.stderr)
+        else:
+            f.write_text(wanted[f], encoding="utf-8")
+            print(f"wrote {f.name}")
+    return 1 if check and old else 0
 
 
 if __name__ == "__main__":

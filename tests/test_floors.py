@@ -179,13 +179,47 @@ def test_no_path_of_one_machine() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_import_is_cheap() -> None:
-    script = (
-        "import sys, time, torch, numpy, safetensors.torch; before = set(sys.modules); t = time.perf_counter(); import exapt; "
-        "t = time.perf_counter() - t; print(t, *sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
-    )
-    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
-    seconds, modules = min(float(r[0]) for r in runs), set(runs[0][1:])
-    assert "exapt" in modules
-    assert not modules & set(HEAVY), f"import exapt pulls in {sorted(modules & set(HEAVY))}; import it where it is used"
+def modules_after(code: str, before: str = "") -> set[str]:
+    """What a fresh process imports for ``code`` that ``before`` did not."""
+    script = f"import sys\n{before}\nhad = set(sys.modules)\n{code}\nprint('', *sorted(set(sys.modules) - had), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def not_ours(modules: set[str]) -> set[str]:
+    """The packages among them that are neither exapt nor Python's own."""
+    return {m.partition(".")[0] for m in modules} - {"exapt"} - set(sys.stdlib_module_names)
+
+
+def test_import_brings_neither_torch_nor_another_package() -> None:
+    alone = modules_after("import exapt")
+    assert not not_ours(alone), f"import exapt pulls in {sorted(not_ours(alone))}"
+    assert len({m for m in alone if m.startswith("exapt")}) <= 10
+    assert "torch" in modules_after("import exapt; exapt.attach")
+
+
+def test_beside_torch_import_brings_only_the_core() -> None:
+    """Who has torch already gets what the verbs need at once, so that the first call does not pay for it."""
+    base = "import torch, numpy, safetensors.torch"
+    found = modules_after("import exapt", base)
+    assert not not_ours(found), f"import exapt pulls in {sorted(not_ours(found))}; import it where it is used"
+    assert len({m for m in found if m.startswith("exapt")}) <= 45
+    assert len(found) <= 110, sorted(found)
+    used = modules_after("exapt.attach, exapt.detach, exapt.merge, exapt.save, exapt.load, exapt.sites", f"{base}, exapt")
+    assert not {m for m in used if m.startswith("exapt")}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["methods"], ["methods", "--json"], ["methods", "lora"], ["components", "--json"], ["fit", "--help"]])
+def test_listings_import_no_torch(words: list[str]) -> None:
+    found = modules_after(f"from exapt.cli import main; assert main({words!r}) == 0")
+    heavy = not_ours(found) & {"torch", "numpy", "safetensors", *HEAVY} - {"rich", "cyclopts"}
+    assert not heavy, f"exapt {' '.join(words)} imports {sorted(heavy)}"
+    assert not {m for m in found if m.startswith(("exapt.methods.", "exapt.shift", "exapt.objectives", "exapt.train"))}
+    assert len(found) <= 400, sorted(found)
+
+
+def test_import_takes_no_time() -> None:
+    """The promise in seconds, on the quickest of three; the tests above count what it is made of."""
+    script = "import sys, time, torch, numpy, safetensors.torch; t = time.process_time(); import exapt; print(time.process_time() - t)"
+    seconds = min(float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout) for _ in range(3))
     assert seconds < 0.3, f"import exapt adds {seconds:.2f} s to torch"

@@ -174,35 +174,15 @@ def concatenated(terms: Sequence[LowRank], weights: Sequence[float] | None = Non
     return LowRank(torch.cat([c * t.B for c, t in zip(w, terms, strict=True)], 1), torch.cat([t.A for t in terms]))
 
 
-class _Recording:
-    """A base layer that only notes which low-rank product it was asked for."""
-
-    training = False
-    kind = "linear"
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self.asked: tuple[object, Tensor, Tensor, float] | None = None
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, low_rank_x: Tensor | None = None) -> object:
-        if low_rank_x is None:
-            self.asked = object(), A, B, scale
-        return self.asked and self.asked[0]
-
-
 def factors_of(method: WeightMethod, p: Mapping[str, Tensor], shape: tuple[int, int]) -> LowRank | None:
-    """A method's shift of a matrix of some shape by its factors, where all that its fast path does is to add a low-rank product.
+    """A method's shift of a matrix of some shape by its factors, where it says that a low-rank product is all that it adds.
 
     >>> import exapt
     >>> factors_of(exapt.LoRA(rank=1, alpha=3.0), {"A": torch.ones(1, 2), "B": torch.ones(2, 1)}, (2, 2)).dense()[0].tolist()
     [3.0, 3.0]
     """
-    base = _Recording(shape)
-    try:
-        result = method.forward({**p, "notes": {}}, torch.zeros(1), base) if method.has_fast_path() else None  # type: ignore[arg-type, dict-item]
-    except (AttributeError, TypeError, RuntimeError, KeyError):  # it asks for more than a product, or does something with the result
-        return None
-    return LowRank(base.asked[2] * base.asked[3], base.asked[1]) if base.asked is not None and result is base.asked[0] else None
+    found = method.low_rank(dict(p), shape)
+    return None if found is None else LowRank(found[1], found[0])
 
 
 def weighed(terms: Sequence[LowRank], weights: Sequence[float] | None, name: str) -> list[float]:

@@ -7,13 +7,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from cyclopts import Parameter
 
 from exapt.cli.algebra import Output, Settings, settings_of
 from exapt.core.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def compress(
@@ -146,6 +148,8 @@ class _Measured:
 
         load(detach(self.model), write(adapter, self.folder / "tried.safetensors"))
         device = next(p.device for p in self.model.parameters())
+        import numpy as np
+
         pairs = np.array([self.task.ratio(o) for o in observed(self.model, self.task, self.rows, self.batch, device)], dtype=float)
         return pairs * np.array([self.sign, 1.0])
 

@@ -8,16 +8,33 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from exapt.core.contract import CONTRACTS, Method, SubsetMethod, WeightMethod, as_dict
+from exapt.cli.catalogue import method_entries
 from exapt.core.errors import InputError, did_you_mean
-from exapt.core.registry import methods
+
+if TYPE_CHECKING:
+    from exapt.core.contract import Method
 
 
 def print_json(data: Any) -> None:
     """Prints JSON to stdout; methods inside it as their own JSON."""
-    print(json.dumps(data, indent=1, default=lambda v: as_dict(v) if isinstance(v, Method) else str(v), ensure_ascii=False))
+    print(json.dumps(data, indent=1, default=_as_json, ensure_ascii=False))
+
+
+def plain_json(data: Any) -> Any:
+    """``data`` as it comes back from JSON.
+
+    >>> plain_json({"shape": (1, 2)})
+    {'shape': [1, 2]}
+    """
+    return json.loads(json.dumps(data, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    from exapt.core.contract import Method, as_dict  # here: what is listed from an index alone needs no torch
+
+    return as_dict(value) if isinstance(value, Method) else str(value)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
@@ -70,6 +87,8 @@ def method_entry(cls: type[Method]) -> dict[str, Any]:
     >>> entry["key"], entry["contract"], entry["parameters"][0]["name"]
     ('lora', 'weight', 'rank')
     """
+    from exapt.core.contract import Method, SubsetMethod, WeightMethod
+
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     required = any(f.default is f.default_factory is dataclasses.MISSING for f in fields)
     example: Any = cls if required else cls()  # what a method needs may depend on its fields
@@ -126,24 +145,37 @@ def argument_help(cls: type) -> dict[str, str]:
     return found
 
 
+CONTRACTS = ("weight", "activation", "token", "subset", "side", "output", "recipe")
+
+
 def list_methods(key: str | None, contract: str | None, as_json: bool) -> None:
     """Prints the registry, those of one contract, or one method with its parameters."""
-    known = methods()
+    known = {e["key"]: e for e in method_entries()}
     if key is not None and key not in known:
         raise InputError(f'no method "{key}"{did_you_mean(key, known)} (exapt methods lists all {len(known)})')
-    contracts = [c.contract for c in CONTRACTS]
-    if contract is not None and contract not in contracts:
-        raise InputError(f'no contract "{contract}"{did_you_mean(contract, contracts)} (there are {", ".join(contracts)})')
-    chosen = [c for k, c in known.items() if key in (None, k) and contract in (None, c.contract)]
+    if contract is not None and contract not in CONTRACTS:
+        raise InputError(f'no contract "{contract}"{did_you_mean(contract, CONTRACTS)} (there are {", ".join(CONTRACTS)})')
+    chosen = [e for k, e in known.items() if key in (None, k) and contract in (None, e["contract"])]
     if as_json:
-        print_json([method_entry(c) for c in chosen])
+        print_json(chosen)
     elif key is not None:
-        entry = method_entry(chosen[0])
-        print_table(("", ""), [(k, v) for k, v in entry.items() if k != "parameters"])
-        print_table(("parameter", "type", "default", "what it is"), [(p["name"], p["type"], repr(p["default"]), p["help"]) for p in entry["parameters"]])
+        print_table(("", ""), [(k, v) for k, v in chosen[0].items() if k != "parameters"])
+        rows = [(p["name"], p["type"], _default(p["default"]), p["help"]) for p in chosen[0]["parameters"]]
+        print_table(("parameter", "type", "default", "what it is"), rows)
     else:
-        rows = [(c.key, c.contract, bool(c().mergeable), ", ".join(f.name for f in dataclasses.fields(c)), c.paper) for c in chosen]  # type: ignore[arg-type]
-        print_table(("method", "contract", "merges", "parameters", "paper"), rows, f"{len(rows)} methods")
+        table = [(e["key"], e["contract"], e["mergeable"], ", ".join(p["name"] for p in e["parameters"]), e["paper"]) for e in chosen]
+        print_table(("method", "contract", "merges", "parameters", "paper"), table, f"{len(table)} methods")
+
+
+def _default(value: Any) -> str:
+    """A field's default as the user writes it.
+
+    >>> _default({"method": "lora", "rank": 4})
+    'lora(rank=4)'
+    """
+    if isinstance(value, dict) and "method" in value:
+        return f"{value['method']}({', '.join(f'{k}={_default(v)}' for k, v in value.items() if k != 'method')})"
+    return repr(value)
 
 
 def list_sites(model: Any, where: str | None, as_json: bool) -> None:
@@ -213,7 +245,7 @@ def environment() -> str:
     from exapt.cli.extras import extras
     from exapt.core import __version__
 
-    lines = [f"exapt {__version__}, {len(methods())} methods"]
+    lines = [f"exapt {__version__}, {len(method_entries())} methods"]
     for extra, packages in extras().items():
         lines.append(f"  [{extra}] " + ", ".join(f"{name} {version or '(not installed)'}" for name, version in packages.items()))
     return "\n".join([*lines, "", get_pretty_env_info()])  # type: ignore[no-untyped-call]

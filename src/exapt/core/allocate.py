@@ -196,6 +196,9 @@ class Budgeted(WeightMethod):
         """Returns ``A`` (rank, d_in) and ``B`` (d_out, rank) with gates and scale folded in; a component that does not act gives zero."""
         raise NotImplementedError
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return self.factors(p)
+
     def live(self, p: Tensors) -> Tensor:
         """Which components act, boolean (rank,)."""
         raise NotImplementedError

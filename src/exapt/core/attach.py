@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -16,9 +16,9 @@ from exapt.core.contract import Method, Recipe, SubsetMethod, Tensors, WeightMet
 from exapt.core.entry import HALF, Entry, Holder, selection, usable
 from exapt.core.errors import InputError, did_you_mean
 from exapt.core.layers import walk
+from exapt.core.removal import remove as remove
 from exapt.core.replicate import replica_of, replication
 from exapt.core.sites import Site, Sites, Where, choose, sites, with_statistics
-from exapt.core.slots import Slots, refresh, slots_of
 from exapt.core.state import Adapter, State, activate, slots_at, start, state_of
 
 Rules = Mapping[Any, Method]
@@ -62,16 +62,30 @@ def attach(
     """
     rules = expanded(method, where)
     state = start(model, name)
-    try:
-        with _seeded(seed):
-            plan = _plan(model, rules, statistics)
-            hang(model, state, name, plan, Fresh(dtype))
-    except BaseException:
-        remove(model, name, state)
-        raise
-    state.adapters[name].trainable = trainable
-    activate(model, name)
+    with uncollected():
+        try:
+            with _seeded(seed):
+                plan = _plan(model, rules, statistics)
+                hang(model, state, name, plan, Fresh(dtype))
+        except BaseException:
+            remove(model, name, state)
+            raise
+        state.adapters[name].trainable = trainable
+        activate(model, name)
     return model
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Pauses the search for garbage: what an adapter is made of lives on, and on thousands of sites looking at all of it time and again would
+    cost more than making it."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def expanded(method: Method | Rules, where: Where | None = None) -> list[tuple[Any, Method]]:
@@ -169,31 +183,33 @@ class Fresh:
 
 def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method, Sites]], source: Any) -> None:
     """Hangs an adapter's tensors, from ``source``, under their modules."""
-    holders = _holders(model)
+    holders, fusing = _holders(model), _fusing(model)
     for number, (method, chosen) in enumerate(plan):
         common = source.shared(number, method, chosen)
         if common is not None:
             model._modules["exapt"].add_module(f"{name}_shared_{number}", common)  # type: ignore[union-attr]
+        acts = method.contract in ("activation", "output")
         for i, site in enumerate(chosen):
             holder, how = source.site(number, method, site)
-            module = _called(method, site, model)
+            above = _above(site, fusing) if fusing else []
+            module = _called(method, site, above)
             slots = slots_at(module, state)
             key = f"{name}_{site.layer.parameter}" if site.layer and site.name != site.module_name else name
             while key in slots._modules:
                 key += "_"
-            slots.add_module(key, holder)
+            slots._modules[key] = holder  # add_module would first look for an attribute of that name, in vain
             entry = Entry(name, method, site.name, site.layer, holder, common, chosen=how, position=i, last=i == len(chosen) - 1, state=state)
-            entry.definition = _by_definition(method, site, model, how)
-            if method.contract in ("activation", "output") and (site.role != "model" or site.layer is not None):
+            entry.definition = _by_definition(method, site, above, how)
+            if acts and (site.role != "model" or site.layer is not None):
                 entry.axis = site.axis
             if site.source is not None:
                 entry.source = slots_at(site.source, state)
                 entry.source.watchers += 1
-            if slots.hook is None and _fused_parent(site, model):
+            if fusing and slots.hook is None and _fused(site, above):
                 slots.hook = module.register_forward_pre_hook(_keeps_modules_called)
             slots.entries.append(entry)
             slots.chains.clear()
-            for parameter in entry.names():
+            for parameter in entry.names() if holders else ():
                 _alias(site, parameter, holders, state)
     state.adapters[name] = Adapter(name, [(m, [s.name for s in chosen]) for m, chosen in plan])
 
@@ -239,50 +255,56 @@ def _expert(site: Site, number: int) -> Site:
     return one
 
 
-def _by_definition(method: Method, site: Site, model: nn.Module, chosen: Mapping[str, str]) -> bool:
+def _by_definition(method: Method, site: Site, above: Sequence[nn.Module], chosen: Mapping[str, str]) -> bool:
     """Whether the method acts through the parameter at this site, because it or the site leaves no other way."""
     if isinstance(method, SubsetMethod):
         only_columns = set(chosen.values()) == {"columns"}
         operates = site.layer is not None and site.layer.operates
-        return not (method.has_fast_path() and only_columns and operates) or _read_by_parent(site, model)
+        return not (method.has_fast_path() and only_columns and operates) or _read_by_parent(site, above)
     if not isinstance(method, WeightMethod):
         return False
     assert site.layer is not None
-    forced = not site.layer.operates or _read_by_parent(site, model)
+    forced = not site.layer.operates or _read_by_parent(site, above)
     if forced and method.needs_forward():
         raise InputError(f"{site.name}: its weight is read as a parameter, and {method.key} as configured (dropout?) acts in forward only; leave the site out")
     served = method.fast_kinds is None or site.layer.kind in method.fast_kinds
     return forced or not (method.has_fast_path() and served)
 
 
-def _called(method: Method, site: Site, model: nn.Module) -> nn.Module:
+def _called(method: Method, site: Site, above: Sequence[nn.Module]) -> nn.Module:
     """The module whose forward is run: an attention's, where an activation method is to act on its output projection."""
     if isinstance(method, (WeightMethod, SubsetMethod)):
         return site.module
-    return next((m for m in _parents(site, model) if isinstance(m, nn.MultiheadAttention)), site.module)
+    return next((m for m in above if isinstance(m, nn.MultiheadAttention)), site.module)
 
 
 def _keeps_modules_called(module: nn.Module, args: Any) -> None:
     """Does nothing; while it is registered, fused kernels of torch step aside for the modules they would bypass."""
 
 
-def _fused_parent(site: Site, model: nn.Module) -> bool:
-    """Whether torch may run a parent by one fused kernel, which calls no child."""
-    fused = isinstance(site.module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
-    return fused or any(isinstance(m, nn.TransformerEncoderLayer) for m in _parents(site, model))
+def _fused(site: Site, above: Sequence[nn.Module]) -> bool:
+    """Whether torch may run the module or a parent by one fused kernel, which calls no child."""
+    return isinstance(site.module, _FUSING) or any(isinstance(m, nn.TransformerEncoderLayer) for m in above)
 
 
-def _read_by_parent(site: Site, model: nn.Module) -> bool:
+def _read_by_parent(site: Site, above: Sequence[nn.Module]) -> bool:
     """nn.MultiheadAttention reads the parameters of its output projection without calling it."""
-    return any(isinstance(m, nn.MultiheadAttention) and m is not site.module for m in _parents(site, model))
+    return any(isinstance(m, nn.MultiheadAttention) and m is not site.module for m in above)
 
 
-def _parents(site: Site, model: nn.Module) -> Iterator[nn.Module]:
-    module: Any = model
-    yield module
-    for part in site.module_name.split(".")[:-1]:
-        module = module._modules[part]
-        yield module
+_FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+def _fusing(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that may run their children's work themselves, by their paths."""
+    return {path: m for path, m in walk(model) if isinstance(m, _FUSING)}
+
+
+def _above(site: Site, fusing: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Those of ``fusing`` that the site's module is in, the outermost first; for the whole model itself."""
+    parts = site.module_name.split(".")[:-1]
+    paths = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    return [fusing[p] for p in paths if p in fusing]
 
 
 def tied(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -322,37 +344,11 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
         InputError: for a name that is not attached.
     """
     state = state_of(model)
+    gone: dict[str, None] = {}
     for n in names or tuple(state.adapters):
-        if n not in state.adapters:
-            raise InputError(f'no adapter "{n}" on this model{did_you_mean(n, state.adapters)} (attached: {", ".join(state.adapters)})')
-        remove(model, n, state)
+        if n not in state.adapters or n in gone:
+            left = [a for a in state.adapters if a not in gone]
+            raise InputError(f'no adapter "{n}" on this model{did_you_mean(n, left)} (attached: {", ".join(left)})')
+        gone[n] = None
+    remove(model, gone, state)
     return model
-
-
-def remove(model: nn.Module, name: str, state: State) -> None:
-    """Takes one adapter off, whole or half hung; with the last one the model is what it was."""
-    root = cast(Slots, model._modules["exapt"])
-    for key in [k for k in root._modules if re.fullmatch(rf"{name}_shared_\d+", k)]:
-        del root._modules[key]
-    for _, slots in list(slots_of(model)):
-        gone = {id(e.holder) for e in slots.entries if e.adapter == name}
-        for e in slots.entries:
-            if e.adapter == name and e.source is not None:
-                e.source.watchers -= 1
-        slots.entries = [e for e in slots.entries if e.adapter != name]
-        for key in [k for k, m in slots._modules.items() if id(m) in gone]:
-            del slots._modules[key]
-        slots.chains.clear()
-    for _, slots in list(slots_of(model)):
-        slots.aliases = [a for a in slots.aliases if cast(Slots, a[1][0]._modules["exapt"]).entries]
-    state.adapters.pop(name, None)
-    state.active = tuple(n for n in state.active if n != name)
-    last = not state.adapters
-    root.is_root = not last
-    for module, slots in list(slots_of(model)):
-        refresh(module, slots)
-    if last:
-        for n, p in model.named_parameters():
-            p.requires_grad_(state.grad.get(n, p.requires_grad))
-        for n in state.nested:
-            cast(Any, model.get_submodule(n)).use_nested_tensor = True

@@ -1,6 +1,6 @@
 """The catalogue of everything that is no parameter shift: statistics, objectives, test-time methods. One component, one file.
 
-``@component`` notes what a class or a function is. Packages that hold components give :data:`SOURCES` a function that imports them, so that
+``@component`` notes what a class or a function is. Packages that hold components give :data:`exapt.core.hooks.COMPONENTS` a function that imports them, so that
 the catalogue answers for all of them and this floor names none.
 """
 
@@ -14,12 +14,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from exapt.core import hooks
 from exapt.core.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 _COMPONENTS: dict[str, Component] = {}
-SOURCES: list[Callable[[str | None], None]] = []
-"""Called with a kind (``None``: all) before the catalogue answers for it."""
+SOURCES = hooks.COMPONENTS
 _NOTED = re.compile(r"^@(?:component|rule)\(\s*\"(\w+)\".*?^(?:class|def) (\w+)", re.MULTILINE | re.DOTALL)
 
 

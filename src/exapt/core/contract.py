@@ -7,6 +7,7 @@ its JSON, its command-line flags and its documentation.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -32,6 +33,16 @@ def seeded(seed: int, *names: str) -> torch.Generator:
     """
     digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@functools.lru_cache(64)
+def drawn_places(total: int, count: int, seed: int) -> Tensor:
+    """Returns the first ``count`` of the numbers below ``total`` in the random order of ``seed``, (count,): drawn once for all layers of a size.
+
+    >>> drawn_places(5, 2, 0).shape
+    torch.Size([2])
+    """
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].clone()
 
 
 def frozen(tensor: Tensor, saved: bool = True) -> Tensor:
@@ -144,6 +155,15 @@ class WeightMethod(Method):
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         """Optional fast path; it must equal the layer run with ``weight`` and ``bias``, gradients too."""
         raise NotImplementedError
+
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """The update of a matrix of ``shape`` (d_out, d_in) by its factors, where all that the method does is :math:`W' = W + B A`.
+
+        Returns:
+            ``A`` (r, d_in) and ``B`` (d_out, r) with every scale and gate folded in and the gradients of ``p`` kept, or ``None``. Rows of a
+            batch with different adapters then share one run of the layer. Dropout is left out (``needs_forward`` tells of it).
+        """
+        return None
 
     def needs_forward(self) -> bool:
         """Whether this configuration exists only in ``forward`` (dropout), so that a bare parameter cannot have it."""

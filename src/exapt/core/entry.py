@@ -30,11 +30,14 @@ class Holder(nn.Module):
         super().__init__()
         for name, t in tensors.items():
             fixed = isinstance(t, nn.Buffer)
-            value = t.detach().to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype).contiguous()
+            value = t.detach()
+            kind = dtype if dtype and t.is_floating_point() else t.dtype
+            if value.device != device or value.dtype != kind:
+                value = value.to(device=device, dtype=kind)
             if fixed:
-                self.register_buffer(name, value, persistent=cast(Any, t).persistent)
-            else:
-                self.register_parameter(name, nn.Parameter(value.clone() if value is t else value))
+                self.register_buffer(name, value.contiguous(), persistent=cast(Any, t).persistent)
+            else:  # not by register_parameter, which looks for an attribute of that name first: there are thousands of these
+                self._parameters[name] = nn.Parameter(value.contiguous())
 
     def tensors(self) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], {**self._parameters, **self._buffers})
@@ -68,6 +71,12 @@ class Entry:
     source: Slots | None = None
     state: State | None = None
     notes: Notes = field(default_factory=Notes)
+    product: bool | None = None
+    bare: bool = False
+
+    def __post_init__(self) -> None:
+        m = self.method
+        self.bare = m.full_precision and self.common is None and not (m.reads or m.notes)  # its tensors are the holder's as they are
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The method's ``p``; cast once to the layer's dtype unless the method asks for full precision."""
@@ -102,6 +111,8 @@ class Entry:
         return notes
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
+        if self.bare:
+            return self.method.forward({**self.holder._parameters, **self.holder._buffers}, x, base)
         return self.method.forward(self.tensors(_compute_dtype(x, base.module)), x, base)
 
     def changed(self, parameter: str, value: Tensor, matrix: Callable[[], Tensor] | None = None) -> Tensor:

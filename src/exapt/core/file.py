@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from exapt.core import __version__
-from exapt.core.attach import hang, made_tensors, remove
+from exapt.core.attach import hang, made_tensors, remove, uncollected
 from exapt.core.contract import Method, as_dict, frozen
+from exapt.core.disk import MAX_HEADER as MAX_HEADER
+from exapt.core.disk import contents, dump, refuse
+from exapt.core.disk import write_aside as write_aside
 from exapt.core.entry import Entry, Holder, chosen_of
 from exapt.core.errors import InputError
+from exapt.core.hooks import UNPACK as UNPACK
 from exapt.core.layers import Layer, dense, walk
 from exapt.core.registry import from_dict
 from exapt.core.sites import Site, Sites, sites
-from exapt.core.slots import slots_of
-from exapt.core.state import activate, start, state_of
+from exapt.core.slots import Slots
+from exapt.core.state import Adapter, activate, start, state_of
 
 FORMAT, PACKED = 1, 2  # plain files, and compressed ones, which have a "codec" entry
-UNPACK: list[Callable[[Any, Mapping[str, Any], Mapping[str, Tensor]], AdapterFile]] = []
-"""What makes an adapter of a compressed file's path, header and tensors; this floor has no codecs, so a higher one gives it."""
-MAX_HEADER = 64 * 1024 * 1024
 _SAMPLE = 16
+_QUANTISED = ("quant_state", "SCB")  # what bitsandbytes hangs on a parameter
 _HEADER = ("rules", "fingerprint", "base", "versions", "provenance", "metrics", "checksums")
 
 
@@ -75,6 +74,11 @@ def fingerprint(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:
     for name, p in _own_parameters(model):
         if name in skip:
             continue
+        if type(p) is nn.Parameter and p.__dict__.keys().isdisjoint(_QUANTISED) and p.is_contiguous():  # the common case, in a fifth of the time
+            parts.append(f"{name}{tuple(p.shape)}")
+            n = p.numel()
+            samples.append(torch.as_strided(p.detach(), (min(n, _SAMPLE),), (max(1, n // _SAMPLE),)))
+            continue
         shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
         parts.append(f"{name}{tuple(shape)}")
         flat = dense(p if hasattr(p, "quant_state") else _whole(p)).detach().reshape(-1)
@@ -102,12 +106,12 @@ def _whole(t: Tensor) -> Tensor:
     return cast(Tensor, gather()) if gather is not None else t
 
 
-def _collect(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[Any]]]:
+def _collect(adapter: Adapter, entries: Sequence[Entry]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[Any]]]:
     tensors: dict[str, Tensor] = {}
     manifest: dict[str, list[Any]] = {}
     checksums: dict[str, str] = {}
-    rules = state_of(model).adapters[name].rules
-    for path, holder in holders(model, name):
+    rules = adapter.rules
+    for path, holder in _holders(adapter, entries):
         number, _, place = path.partition(":")
         held: dict[str, Tensor] = {k: _whole(t).detach() for k, t in holder.tensors().items()}
         for k, t in (held if place == "*" else rules[int(number)][0].stored(held)).items():
@@ -124,26 +128,37 @@ def _digest(t: Tensor) -> str:
     return hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
+def entries_of(model: nn.Module, name: str) -> list[tuple[str, Entry]]:
+    """The entries of one adapter, each with the path of its module."""
+    found = []
+    for path, module in walk(model):
+        slots = module._modules.get("exapt")
+        if isinstance(slots, Slots):
+            found += [(path, e) for e in slots.of(name)]
+    return found
+
+
 def holders(model: nn.Module, name: str) -> list[tuple[str, Holder]]:
     """Where the tensors of an adapter are, under the paths that the file uses."""
+    return _holders(state_of(model).adapters[name], [e for _, e in entries_of(model, name)])
+
+
+def _holders(adapter: Adapter, entries: Sequence[Entry]) -> list[tuple[str, Holder]]:
     found: dict[int, tuple[str, Holder]] = {}
-    rules = state_of(model).adapters[name].rules
-    for _, slots in slots_of(model):
-        for e in slots.entries:
-            if e.adapter == name:
-                number = next(i for i, (m, where) in enumerate(rules) if m is e.method and e.site_name in where)
-                found[id(e.holder)] = (f"{number}:{e.site_name}", e.holder)
-                if e.common is not None:
-                    found[id(e.common)] = (f"{number}:*", e.common)
+    numbers: dict[tuple[int, str], int] = {}
+    for number, (m, where) in enumerate(adapter.rules):
+        for w in where:
+            numbers.setdefault((id(m), w), number)
+    for e in entries:
+        number = numbers[id(e.method), e.site_name]
+        found[id(e.holder)] = (f"{number}:{e.site_name}", e.holder)
+        if e.common is not None:
+            found[id(e.common)] = (f"{number}:*", e.common)
     return sorted(found.values(), key=lambda pair: pair[0])
 
 
-def _replaced(model: nn.Module, name: str) -> frozenset[str]:
+def _replaced(entries: Iterable[tuple[str, Entry]]) -> frozenset[str]:
     """Parameters that the adapter replaces whole."""
-    entries: list[tuple[str, Entry]] = []
-    for path, module in walk(model):
-        slots = module._modules.get("exapt")
-        entries += [(path, e) for e in getattr(slots, "entries", []) if e.adapter == name]
     return frozenset(f"{path}.{p}" if path else p for path, e in entries for p, how in e.chosen.items() if how == "whole")
 
 
@@ -171,11 +186,13 @@ def save(
     if name not in state.adapters:
         raise InputError(f'no adapter "{name}" on this model to save (attached: {", ".join(state.adapters)})')
     adapter = state.adapters[name]
-    tensors, checksums, manifest = _collect(model, name)
-    layers = {e.site_name: e.layer for _, slots in slots_of(model) for e in slots.entries if e.adapter == name}
+    placed = entries_of(model, name)
+    entries = [e for _, e in placed]
+    tensors, checksums, manifest = _collect(adapter, entries)
+    layers = {e.site_name: e.layer for e in entries}
     data = AdapterFile(
         [{"method": as_dict(m), "sites": where, "shapes": [_shape(layers[w]) for w in where]} for m, where in adapter.rules],
-        fingerprint(model, _replaced(model, name)), cast(Any, model._modules["exapt"]).base_class.__name__, versions(),
+        fingerprint(model, _replaced(placed)), cast(Any, model._modules["exapt"]).base_class.__name__, versions(),
         dict(provenance if provenance is not None else adapter.metadata.get("provenance", {})),
         dict(metrics if metrics is not None else adapter.metadata.get("metrics", {})), checksums, manifest, tensors,
     )  # fmt: skip
@@ -193,7 +210,7 @@ def write(data: AdapterFile, path: str | os.PathLike[str]) -> Path:
     """Writes an adapter that is on no model, as :func:`save` does; returns the path written."""
     header = {"format": FORMAT, **{k: getattr(data, k) for k in _HEADER}, "tensors": data.manifest}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
-    write_aside(_target(path), lambda aside: safetensors.torch.save_file(data.tensors, aside, metadata={"exapt": text}))
+    write_aside(_target(path), lambda aside: dump(data.tensors, aside, {"exapt": text}))
     return _target(path)
 
 
@@ -201,50 +218,12 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return Path(path) if Path(path).suffix else Path(f"{os.fspath(path)}.safetensors")
 
 
-def write_aside(path: Path, data: bytes | Callable[[str], None]) -> None:
-    """Writes a file under another name in its folder, syncs it and renames it; on failure the old file stays.
-
-    ``data`` is the file's content, or a function that writes it to the path it is given.
-    """
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        if callable(data):
-            data(temporary)
-        else:
-            Path(temporary).write_bytes(data)
-        with open(temporary, "r+b") as f:  # opened anew: safetensors itself writes aside, so this may be another file by now
-            os.fsync(f.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is its owner's alone; this one is to be like any other
-        os.replace(temporary, path)
-    except BaseException as e:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(e, (OSError, safetensors.SafetensorError)):
-            raise InputError(f"{path}: could not be written ({getattr(e, 'strerror', None) or e}); what was there before is untouched") from e
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # the file is in place; some file systems cannot sync a folder
-            os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def read(path: str | os.PathLike[str]) -> AdapterFile:
     """Reads an adapter file without a model. Raises ``InputError`` on anything that is not one."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    _refuse_header(path)
+    refuse(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            text = (f.metadata() or {}).get("exapt")
-            tensors = {k: f.get_tensor(k) for k in f.keys()} if text is not None else {}  # noqa: SIM118
+        text, tensors = contents(path, "exapt")
     except safetensors.SafetensorError as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); it is damaged or truncated, fetch or save it again") from e
     if text is None:
@@ -265,21 +244,6 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
             raise
         raise InputError(f"{path}: its exapt header is malformed ({type(e).__name__}: {e}); save the adapter again") from e
     return AdapterFile(**known, tensors=tensors)
-
-
-def _refuse_header(path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        start = f.read(9)
-    if size == 0:
-        raise InputError(f"{path}: the file is empty")
-    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
-        raise InputError(f"{path}: this is a pickle (a torch .pt/.bin file), which exapt never loads; convert it to safetensors")
-    length = int.from_bytes(start[:8], "little")
-    if size < 8 or length > size - 8:
-        raise InputError(f"{path}: not a whole safetensors file ({size} bytes); it is damaged, truncated or something else")
-    if length > MAX_HEADER:
-        raise InputError(f"{path}: its header claims {length >> 20} MiB, more than the {MAX_HEADER >> 20} MiB an adapter may have")
 
 
 def load(
@@ -305,12 +269,17 @@ def load(
         InputError: for another base (both fingerprints are named), a damaged file, or tensors that are missing, too many
             or of the wrong shape. The model is unchanged then.
     """
-    data = read(path)
+    with uncollected():
+        return _loaded(model, read(path), path, name, force, trainable, dtype)
+
+
+def _loaded(model: nn.Module, data: AdapterFile, path: Any, name: str, force: bool, trainable: bool, dtype: torch.dtype | None) -> nn.Module:
     plan = _planned(model, data, path)
     state = start(model, name)
     try:
         hang(model, state, name, plan, _Stored(data, dtype, path))
-        own = fingerprint(model, _replaced(model, name))
+        replaces = any(m.contract == "subset" for m, _ in plan)
+        own = fingerprint(model, _replaced(entries_of(model, name)) if replaces else frozenset())
         if own != data.fingerprint and not force:
             raise InputError(
                 f"{path}: made for base {data.fingerprint} ({data.base}), this base is {own} ({type(model).__name__}); pass force=True to load it all the same"

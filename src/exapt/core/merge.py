@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from exapt.core.attach import detach, hang, tied
+from exapt.core.attach import detach, hang, tied, uncollected
 from exapt.core.contract import ActivationMethod, Method
 from exapt.core.entry import Entry, Holder, chosen_of
 from exapt.core.errors import InputError
 from exapt.core.file import holders
-from exapt.core.layers import is_quantised
+from exapt.core.layers import is_quantised, walk
 from exapt.core.roles import is_leaf
 from exapt.core.sites import Site, Sites, sites
 from exapt.core.slots import Slots
@@ -113,11 +113,11 @@ def new_values(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[nn.P
     """Every parameter that merging ``names`` would change, by its path: the stored one and its new value. Nothing is changed."""
     new: dict[str, tuple[nn.Parameter, Tensor]] = {}
     shared = tied(model)
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         slots = module._modules.get("exapt")
         if not isinstance(slots, Slots):
             continue
-        entries = [e for n in names for e in slots.entries if e.adapter == n]
+        entries = [e for n in names for e in slots.of(n)]
         values: dict[str, Tensor] = {}
         for e in entries:
             if any(is_quantised(p) for name in e.names() if (p := module._parameters.get(name)) is not None):
@@ -192,14 +192,16 @@ def unmerge(model: nn.Module) -> nn.Module:
     for n in record.names:
         if n in adapters(model):
             raise InputError(f'an adapter "{n}" was attached since the merge; detach it, so that the merged one can return')
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(walk(model))
     for path, value in record.originals.items():
-        parameters[path].data = value
+        place, _, parameter = path.rpartition(".")
+        cast(nn.Parameter, modules[place]._parameters[parameter]).data = value
     del model.__dict__[_RECORD]
-    found = {s.name: s for s in sites(model)}
-    for adapter, tensors in record.adapters:
-        state = start(model, adapter.name)
-        hang(model, state, adapter.name, [(m, Sites(found[w] for w in where)) for m, where in adapter.rules], _Kept(tensors))
-        state.adapters[adapter.name] = adapter
+    with uncollected():
+        found = {s.name: s for s in sites(model)}
+        for adapter, tensors in record.adapters:
+            state = start(model, adapter.name)
+            hang(model, state, adapter.name, [(m, Sites(found[w] for w in where)) for m, where in adapter.rules], _Kept(tensors))
+            state.adapters[adapter.name] = adapter
     activate(model, *(n for n in record.active if n in adapters(model)))  # others may have been detached since
     return model

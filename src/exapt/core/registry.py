@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from exapt.core.contract import CONTRACTS, Method
+from exapt.core import hooks
 from exapt.core.errors import InputError, did_you_mean
 
-M = TypeVar("M", bound=type[Method])
+if TYPE_CHECKING:
+    from exapt.core.contract import Method
+
+M = TypeVar("M", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
-SOURCES: list[Callable[[str | None], None]] = []
-"""Called with a key (or a class's name) that is wanted, or with ``None`` for all, before the registry answers: packages of many methods
-import each of them only when it is asked for."""
+SOURCES = hooks.METHODS
 
 
 def register(cls: M) -> M:
@@ -22,6 +24,8 @@ def register(cls: M) -> M:
     Raises:
         InputError: if the class is no frozen dataclass, follows none of the six contracts, or its key is taken.
     """
+    from exapt.core.contract import CONTRACTS  # here: it needs torch, and a listing must not wait for that
+
     if "key" not in cls.__dict__:
         cls.key = cls.__name__.lower()
     if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
@@ -56,12 +60,18 @@ def method(key: str, **fields: Any) -> Method:
         raise InputError(f'no method "{key}"{did_you_mean(key, known)} (exapt methods lists all {len(known)})')
     cls = _METHODS[key]
     own = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     for name, value in fields.items():
         if name not in own:
             raise InputError(f'{key} has no field "{name}"{did_you_mean(name, own)} (it has {", ".join(own) or "none"})')
         fields[name] = checked(key, name, value, hints[name])
     return cls(**{k: _made(v) for k, v in fields.items()})
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a method's fields, looked up once: a file names its method each time it is loaded."""
+    return get_type_hints(cls)
 
 
 def _made(value: Any) -> Any:

@@ -38,22 +38,28 @@ def _blocks(modules: dict[str, nn.Module]) -> Iterator[str]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module has no children of its own (our slots aside)."""
-    return not module._modules.keys() - {"exapt"}
+    return not module._modules or not module._modules.keys() - {"exapt"}
 
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
 
 
-def _head(modules: dict[str, nn.Module], blocks: tuple[str, ...]) -> str | None:
+def _inside(name: str, blocks: set[str]) -> bool:
+    """Whether a module is inside one of ``blocks``; looked up by its path, so that the cost does not grow with their number."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in blocks:
+            return True
+    return False
+
+
+def _head(modules: dict[str, nn.Module], blocks: set[str]) -> str | None:
     """The last Linear that stands outside every block, if it is named like a head or ends a plain model."""
-    outside = [
-        n for n, m in modules.items()
-        if isinstance(m, nn.Linear) and not n.startswith(blocks) and "pooler" not in n
-    ]  # fmt: skip
-    if not outside:
+    outside = (n for n, m in reversed(modules.items()) if isinstance(m, nn.Linear) and "pooler" not in n and not _inside(n, blocks))
+    last = next(outside, None)
+    if last is None:
         return None
-    last = outside[-1]
     return last if _HEADS.search(last) or not hasattr(modules[""], "config") else None
 
 
@@ -71,9 +77,8 @@ def roles(model: nn.Module) -> dict[str, str]:
     """
     modules = dict(walk(model))
     blocks = set(_blocks(modules))
-    inside = tuple(b + "." for b in blocks)
-    outer = {b for b in blocks if not b.startswith(inside)}
-    head = _head(modules, inside)
+    outer = {b for b in blocks if not _inside(b, blocks)}
+    head = _head(modules, blocks)
     found: dict[str, str] = {}
     attention: set[str] = set()
     halves: dict[str, set[str]] = {}
@@ -107,7 +112,7 @@ def _role(name: str, module: nn.Module, blocks: set[str], head: str | None) -> s
         return "embedding"
     if isinstance(module, nn.MultiheadAttention):
         return "attention"
-    if is_leaf(module) and next(module.parameters(recurse=False), None) is not None:
+    if is_leaf(module) and any(p is not None for p in module._parameters.values()):
         role = named_role(".".join(name.split(".")[-3:]))
         if role is not None:
             return role

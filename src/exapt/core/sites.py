@@ -96,7 +96,9 @@ class Site:
         return torch.get_default_dtype()
 
     def _parameters(self) -> Iterator[Tensor]:
-        return (p for _, m in walk(self.module) for p in m._parameters.values() if p is not None)
+        yield from (p for p in self.module._parameters.values() if p is not None)
+        if self.module._modules.keys() - {"exapt"}:  # most sites are layers, whose own come first and are all
+            yield from (p for _, m in walk(self.module) if m is not self.module for p in m._parameters.values() if p is not None)
 
     @property
     def _layer(self) -> Layer:
@@ -135,35 +137,47 @@ def sites(model: nn.Module) -> Sites:
     """
     known = roles(model)
     found = Sites()
+    held: dict[nn.Module, bool] = {}
     for name, module in walk(model):
         layers = layers_of(module)
         main = next((x for x in layers if x.parameter == "weight"), None)
-        if main is None and name and not _holds(module):
+        if main is None and name and not _holds(module, held):
             continue
         found.append(Site(name, module, name, known[name], main))
         for layer in layers:
             if layer is not main:
                 path = f"{name}.{layer.parameter}" if name else layer.parameter
                 found.append(Site(path, module, name, _parameter_role(layer.parameter), layer))
-    return Sites([*found, *_feed_forwards(found)])
+    found += _feed_forwards(found)
+    return found
 
 
-def _holds(module: nn.Module) -> bool:
-    own = any(p is not None for p in module._parameters.values())
-    return own or any(m is not None and k != "exapt" and _holds(m) for k, m in module._modules.items())
+def _holds(module: nn.Module, held: dict[nn.Module, bool]) -> bool:
+    """Whether a module or one inside it holds a parameter; each is looked into once."""
+    if module not in held:
+        own = any(p is not None for p in module._parameters.values())
+        held[module] = own or any(m is not None and k != "exapt" and _holds(m, held) for k, m in module._modules.items())
+    return held[module]
 
 
 def _feed_forwards(found: Sites) -> Sites:
     """The feed-forward networks whose two layers share a block but no module of their own."""
+    inside: dict[str, tuple[list[Site], list[Site], list[Site]]] = {s.name: ([], [], []) for s in found if s.role == "block"}
+    for s in found if inside else ():
+        if s.role in _HALVES:
+            name = s.name
+            while name:
+                name = name.rpartition(".")[0]
+                if name in inside:
+                    inside[name][_HALVES.index(s.role)].append(s)
     spread = Sites()
-    for block in (s for s in found if s.role == "block"):
-        prefix = f"{block.name}."
-        inside = [s for s in found if s.name.startswith(prefix)]
-        ups, downs = ([s for s in inside if s.role == role] for role in ("mlp.up", "mlp.down"))
-        if len(ups) == len(downs) == 1 and not any(s.role == "mlp" for s in inside) and ups[0].module is not downs[0].module:
-            down = downs[0]
-            spread.append(Site(f"{block.name}.mlp", down.module, down.module_name, "mlp", source=ups[0].module))
+    for block, (ups, downs, whole) in inside.items():
+        if len(ups) == len(downs) == 1 and not whole and ups[0].module is not downs[0].module:
+            spread.append(Site(f"{block}.mlp", downs[0].module, downs[0].module_name, "mlp", source=ups[0].module))
     return spread
+
+
+_HALVES = ("mlp.up", "mlp.down", "mlp")
 
 
 def _parameter_role(parameter: str) -> str:

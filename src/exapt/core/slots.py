@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,29 +18,22 @@ from torch import Tensor, nn
 
 from exapt.core.attention import block_mask, config_property, prefixed_config, prefixed_multihead, run_prompted
 from exapt.core.base import Base, plain
-from exapt.core.contract import ActivationMethod, Taps, TokenMethod
+from exapt.core.chain import EMPTY, sorted_chain
+from exapt.core.chain import Chain as Chain
+from exapt.core.contract import ActivationMethod, Taps
 from exapt.core.entry import Entry
 from exapt.core.errors import InputError
+from exapt.core.kept import Kept
 from exapt.core.layers import Layer, packed, walk
 from exapt.core.prompts import cached_length
 from exapt.core.routing import run_rows
 
 if TYPE_CHECKING:
+    from exapt.core.rows import Stack
     from exapt.core.state import State
 
-
-@dataclass(frozen=True)
-class Chain:
-    """The active entries of one module, sorted by how they act."""
-
-    inner: tuple[Entry, ...] = ()
-    fast: tuple[Entry, ...] = ()
-    after: tuple[Entry, ...] = ()
-    tokens: tuple[Entry, ...] = ()
-    sides: tuple[Entry, ...] = ()
-    prefixes: tuple[Entry, ...] = ()
-    entering: tuple[Entry, ...] = ()
-    overrides: tuple[str, ...] = ()
+MOST = 4096
+"""Chains that a module keeps."""
 
 
 class Slots(nn.Module):
@@ -60,12 +52,16 @@ class Slots(nn.Module):
     hook: Any
     config: Any
     takes: tuple[tuple[str, ...], bool] | None
+    named: tuple[list[Entry], int, dict[str, list[Entry]]]
+    stack: Stack | None
+    pool: Stack | None
+    kept: Kept
 
     def __init__(self, state: State, base_class: type[nn.Module], layer: Layer | None, is_root: bool = False) -> None:
         super().__init__()
         self.__dict__.update(  # not one by one: nn.Module's __setattr__ looks through every register each time
-            state=state, is_root=is_root, base_class=base_class, _main_layer=layer, entries=[], aliases=[], chain=Chain(), chains={},
-            watchers=0, seen=None, hook=None, config=None, takes=None,
+            state=state, is_root=is_root, base_class=base_class, _main_layer=layer, entries=[], aliases=[], chain=EMPTY, chains={},
+            watchers=0, seen=None, hook=None, config=None, takes=None, named=([], 0, {}), stack=None, pool=None, kept=Kept(),
         )  # fmt: skip
 
     @property
@@ -111,23 +107,42 @@ class Slots(nn.Module):
             return None
         return self.value(module, name, self.chain.inner + entries)
 
+    def of(self, name: str) -> Sequence[Entry]:
+        """The entries of one adapter, without a walk over the others: they are only ever appended, or given as a new list."""
+        entries, count, found = self.named
+        if entries is not self.entries or count != len(entries):
+            if entries is not self.entries:
+                entries, count, found = self.entries, 0, {}
+            for e in entries[count:]:
+                found.setdefault(e.adapter, []).append(e)
+            self.__dict__["named"] = (entries, len(entries), found)
+        return found.get(name, ())
+
     def chain_of(self, names: tuple[str, ...]) -> Chain:
         """The chain of the adapters ``names``, in that order."""
-        if names not in self.chains:
-            self.chains[names] = _sorted_chain([e for n in names for e in self.entries if e.adapter == n], self.aliases)
-        return self.chains[names]
+        found = self.chains.get(names)
+        if found is None:
+            entries = [e for n in names for e in self.of(n)]
+            if not entries:
+                return self.chains.setdefault((), sorted_chain([], self.aliases)) if self.aliases else EMPTY
+            if len(self.chains) >= MOST:
+                self.chains.clear()
+            found = self.chains[names] = sorted_chain(entries, self.aliases)
+        return found
 
     def run(self, module: nn.Module, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward with the entries of ``chain`` in effect."""
+        if chain.lane is not None and len(args) == 1 and not (kwargs or self.is_root or self.watchers):
+            return chain.lane.forward(args[0], Base(module, self, (), ((), kwargs)))
         if self.is_root and self.state.known:
             args, kwargs = _note_call(self, module, args, kwargs)
         if self.watchers or chain.prefixes:
             self.seen = first_tensor(args, kwargs)
-        inputs: dict[int, Tensor] = {}  # what each entry takes for the module's input: the last one stands outermost
-        for e in reversed(chain.after):
-            if e in chain.entering:
+        inputs: list[Tensor] = []  # what each entry takes for the module's input: the last one stands outermost
+        for e, enters in zip(reversed(chain.after), reversed(chain.entering), strict=True):  # flags, since identities would bind a compiled graph
+            if enters:
                 args, kwargs = _entered(e, args, kwargs)
-            inputs[id(e)] = first_tensor(args, kwargs)
+            inputs.append(first_tensor(args, kwargs))
         if chain.sides:
             y = _run_sides(self, module, chain, args, kwargs)
         elif chain.tokens and self.is_root:
@@ -142,30 +157,14 @@ class Slots(nn.Module):
             y = self.frozen_forward(module, *args, **kwargs)
         for e in chain.tokens if not self.is_root else ():
             y = replace_first(y, lambda h, e=e: e.method.extend(e.tensors(h.dtype), h)[0])  # type: ignore[misc]
-        for e in chain.after:
-            x = inputs[id(e)] if e.source is None else cast(Tensor, e.source.seen)
-            y = replace_first(y, lambda h, e=e, x=x: _activation(e, x, h))  # type: ignore[misc]
+        for e, own in zip(chain.after, reversed(inputs), strict=True):
+            x = own if e.source is None else cast(Tensor, e.source.seen)
+            y = replace_first(y, lambda h, e=e, x=x: activation(e, x, h))  # type: ignore[misc]
         if chain.prefixes and not self.watchers:
             self.seen = None
         if self.is_root and self.state.carried:
             self.state.carried.clear()
         return y
-
-
-def _sorted_chain(entries: list[Entry], aliases: list[Any]) -> Chain:
-    weights = [e for e in entries if e.names()]
-    cut = max((i + 1 for i, e in enumerate(weights) if e.definition), default=0)
-    inner, fast = tuple(weights[:cut]), tuple(weights[cut:])
-    tokens = tuple(e for e in entries if isinstance(e.method, TokenMethod))
-    return Chain(
-        inner, fast,
-        tuple(e for e in entries if e.method.contract in ("activation", "output")),
-        tuple(e for e in tokens if e.method.level == "input"),
-        tuple(e for e in entries if e.method.contract == "side"),
-        tuple(e for e in tokens if e.method.level == "attention"),
-        tuple(e for e in entries if isinstance(e.method, ActivationMethod) and type(e.method).enter is not ActivationMethod.enter),
-        tuple(sorted({n for e in inner for n in e.names()} | {own for own, _ in aliases})),
-    )  # fmt: skip
 
 
 def _by_keyword(slots: Slots, module: nn.Module, chain: Chain, kwargs: dict[str, Any]) -> Tensor:
@@ -174,7 +173,8 @@ def _by_keyword(slots: Slots, module: nn.Module, chain: Chain, kwargs: dict[str,
     return Base(module, slots, chain.fast, ((), rest))(kwargs[name])
 
 
-def _activation(e: Entry, x: Tensor, h: Tensor) -> Tensor:
+def activation(e: Entry, x: Tensor, h: Tensor) -> Tensor:
+    """The module's output after one activation method."""
     p = e.tensors(h.dtype)
     carries = isinstance(e.method, ActivationMethod) and e.method.carries
     if carries:
@@ -359,16 +359,23 @@ def _wear(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def refresh(module: nn.Module, slots: Slots) -> None:
-    """Brings a module's chain and class in line with the active adapters; restores its own class where nothing is left."""
+    """Brings a module in line with the active adapters after adapters came or went; restores its own class where nothing is left."""
+    slots.state.ready.forget()
     if not slots.entries and not slots.aliases and not slots.is_root and not slots.watchers:
         if slots.hook is not None:
             slots.hook.remove()
         del module._modules["exapt"]
         _wear(module, slots.base_class)
         return
-    slots.chain = slots.chain_of(slots.state.active)
+    fit(module, slots)
+
+
+def fit(module: nn.Module, slots: Slots) -> None:
+    """Gives a module the chain of the active adapters, and the class that goes with it."""
+    chain = slots.chain_of(slots.state.active)
     if slots.is_root and slots.takes is None:
         slots.takes = _parameters_of(cast(Any, slots.base_class))  # here and not in forward: a compiler cannot see through the cache
-    if slots.chain.prefixes and slots.config is None and "config" in module.__dict__:
+    if chain.prefixes and slots.config is None and "config" in module.__dict__:
         slots.config = prefixed_config(module)
-    _wear(module, swapped(slots.base_class, slots.chain.overrides, bool(slots.chain.prefixes)))  # type: ignore[arg-type]
+    _wear(module, swapped(slots.base_class, chain.overrides, bool(chain.prefixes)))  # type: ignore[arg-type]
+    slots.__dict__["chain"] = chain

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from exapt.core.contract import Method, Taps, Tensors
 from exapt.core.errors import InputError, did_you_mean
 from exapt.core.layers import layers_of, walk
+from exapt.core.rows import Rows
 from exapt.core.slots import Slots, refresh, slots_of
+from exapt.core.switching import Ready, ask, switch
 
 
 @dataclass
@@ -33,8 +35,7 @@ class State:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] | None = None
-    whole: bool = False
+    rows: Rows | None = None
     taps: dict[str, Taps] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
@@ -42,6 +43,8 @@ class State:
     carried: dict[tuple[str, int], dict[int, Any]] = field(default_factory=dict)
     grad: dict[str, bool] = field(default_factory=dict)
     nested: list[str] = field(default_factory=list)
+    asking: set[str] = field(default_factory=set)
+    ready: Ready = field(default_factory=Ready)
 
 
 def state_of(model: nn.Module, make: bool = False) -> State:
@@ -82,7 +85,10 @@ def start(model: nn.Module, name: str) -> State:
         raise InputError(f'adapter name "{name}": use letters, digits, _ and - only')
     if name in adapters(model):
         raise InputError(f'an adapter "{name}" is attached already; give another name= or detach it first')
-    return state_of(model, make=True)
+    state = state_of(model, make=True)
+    state.ready.forget()
+    state.asking.add(name)  # parameters ask for gradients until they are told not to
+    return state
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
@@ -109,26 +115,12 @@ def activate(model: nn.Module, *names: str) -> None:
 
 def set_active(model: nn.Module, names: Sequence[str]) -> None:
     """Brings every adapted module in line with the active adapters; gradients stay as they are."""
-    state = state_of(model)
-    state.active = tuple(names)
-    state.call.clear()
-    state.reads = tuple({r: None for n in names for m, _ in state.adapters[n].rules for r in m.reads})
-    state.known = tuple({r: None for a in state.adapters.values() for m, _ in a.rules for r in m.reads})  # what a call may hold for any of them
-    for module, slots in list(slots_of(model)):
-        refresh(module, slots)
+    switch(model, state_of(model), tuple(names))
 
 
 def set_gradients(model: nn.Module, names: Sequence[str]) -> None:
     """Lets exactly the named adapters' parameters ask for gradients, if they are trainable."""
-    state = state_of(model)
-    wanted = {n for n in names if state.adapters[n].trainable}
-    for _, slots in slots_of(model):
-        for e in slots.entries:
-            asks = e.adapter in wanted
-            for holder in (e.holder, e.common) if e.common else (e.holder,):
-                for p in holder._parameters.values():
-                    if p is not None and p.requires_grad is not asks:  # read first: a model may carry thousands
-                        p.requires_grad_(asks)
+    ask(model, state_of(model), names)
 
 
 @contextlib.contextmanager

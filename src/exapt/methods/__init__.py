@@ -5,7 +5,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from exapt.core.registry import SOURCES
+from exapt.core.registry import _METHODS, SOURCES
 
 
 @functools.cache
@@ -20,7 +20,10 @@ def places() -> dict[str, str]:
 
 def _source(wanted: str | None) -> None:
     """Imports the module of one method, or all."""
-    modules = set(places().values()) if wanted is None else {places().get(wanted)}
+    if wanted and (Path(__file__).parent / f"{wanted}.py").is_file():
+        import_module(f"{__name__}.{wanted}")  # most methods are in the file of their key: no need to look into all
+    found = wanted is not None and wanted in _METHODS
+    modules = set() if found else set(places().values()) if wanted is None else {places().get(wanted)}
     for module in sorted(m for m in modules if m):
         import_module(f"{__name__}.{module}")
 

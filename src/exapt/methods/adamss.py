@@ -129,6 +129,12 @@ class AdaMSS(WeightMethod):
         left, right = self._factors(p, len(b))[::-1]
         return (b + left @ (right @ p["v"])).to(b.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        if "v" in p:
+            return None
+        a, b = self._factors(p, shape[0])
+        return a @ p["V"], b
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         a, b = self._factors(p, base.shape[0])
         y = base.low_rank(x, a @ p["V"], b)

@@ -80,6 +80,10 @@ class BDLoRA(WeightMethod):
         a, b = self._factors(p, w.shape[1])
         return torch.addmm(w, b.to(w.dtype), a.to(w.dtype), alpha=self.alpha / self.rank)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        a, b = self._factors(p, shape[1])
+        return a, self.alpha / self.rank * b
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, *self._factors(p, base.shape[1]), self.alpha / self.rank)
 

@@ -1,7 +1,7 @@
 """C3A: Circular Convolution Adaptation (Chen et al., ACL Findings 2025)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,9 +70,36 @@ class C3A(WeightMethod):
         return (w + blocks.transpose(1, 2).reshape(w.shape) / w.shape[1]).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        y, b = base(x), self.block_size
-        wide = torch.promote_types(y.dtype, torch.float32)
-        signal = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, b)))
-        kernel = torch.fft.rfft(p["kernel"].to(wide)).conj()  # rows shift to the right, so it is a correlation
-        update = torch.fft.irfft(torch.einsum("...if,oif->...of", signal, kernel), n=b).flatten(-2)
-        return torch.add(y, update.to(y.dtype), alpha=1 / base.shape[1])
+        y = base(x)
+        update = _Correlated.apply(x.to(y.dtype).unflatten(-1, (-1, self.block_size)), p["kernel"])  # type: ignore[no-untyped-call]
+        return torch.add(y, update.flatten(-2).to(y.dtype), alpha=1 / base.shape[1])
+
+
+class _Correlated(torch.autograd.Function):
+    """Every block of ``x`` (..., i, b) correlated with ``kernel`` (o, i, b) and summed over i: (..., o, b). The spectra, twice the size
+    of ``x``, are made again in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kernel: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.einsum("...if,oif->...of", _spectrum(x), _spectrum(kernel).conj()), n=x.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernel = ctx.saved_tensors
+        n, dz, dx, dk = x.shape[-1], _spectrum(dy), None, None
+        if ctx.needs_input_grad[0]:  # a correlation's transpose is a convolution
+            dx = torch.fft.irfft(torch.einsum("...of,oif->...if", dz, _spectrum(kernel)), n=n).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dk = torch.fft.irfft(torch.einsum("aof,aif->oif", dz.flatten(0, -3).conj(), _spectrum(x).flatten(0, -3)), n=n).to(kernel.dtype)
+        return dx, dk
+
+
+def _spectrum(t: Tensor) -> Tensor:
+    """Along the last dimension, in at least single precision: torch has no Fourier transform of half-precision numbers on every device."""
+    return torch.fft.rfft(t.to(torch.promote_types(t.dtype, torch.float32)))

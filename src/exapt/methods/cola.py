@@ -77,6 +77,10 @@ class COLA(WeightMethod):
         a, b = self._links(p)
         return (w + self.factor * (b @ a)).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        a, b = self._links(p)
+        return a, self.factor * b
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, *self._links(p), self.factor)
 

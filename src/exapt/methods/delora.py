@@ -61,12 +61,15 @@ class DeLoRA(WeightMethod):
         d_out, d_in = site.shape
         w = site.weight
         a = torch.empty(self.rank, d_in, device=site.device).uniform_(-(d_in**-0.5), d_in**-0.5)  # Kaiming uniform, slope sqrt(5)
-        norm = torch.linalg.vector_norm(w, dim=0, dtype=torch.promote_types(w.dtype, torch.float32))
+        norm = w.to(torch.promote_types(w.dtype, torch.float32)).square().sum(0).sqrt()  # vector_norm along columns is six times slower
         return {"A": a, "B": a.new_zeros(d_out, self.rank), "lambda": a.new_full((1,), self.delora_lambda), "w_norm": frozen(norm)}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._factors(p)
         return (w + b @ a).to(w.dtype)
+
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return self._factors(p)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         a, b = self._factors(p)

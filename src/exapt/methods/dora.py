@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from exapt.core.base import Base
 from exapt.core.checks import check_rank
 from exapt.core.contract import Tensors, WeightMethod
+from exapt.core.kept import kept
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -74,13 +75,13 @@ class DoRA(WeightMethod):
         return (gain[:, None] * v).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        gain = p["m"] / self._norm(p, base.weight)
-        y = base.low_rank(x, p["A"], p["B"], self.factor)
-        scaled = base.scale(gain.to(y.dtype), y)
+        gain = kept(base, lambda: p["m"] / self._norm(p, base.weight), p["A"], p["B"], p["m"])
+        y = base.low_rank(x, p["A"], p["B"], self.factor, biased=False)  # the bias is not scaled
         if base.bias is None:
-            return scaled
-        # the bias is not scaled: gain (y - b) + b
-        return scaled + base.scale(((1 - gain) * base.bias).to(y.dtype), y.new_ones(()))
+            return base.scale(gain.to(y.dtype), y)
+        if base.kind in ("linear", "conv1d_hf"):
+            return torch.addcmul(base.bias.to(y.dtype), y, gain.to(y.dtype))
+        return base.scale(gain.to(y.dtype), y) + base.scale(base.bias.to(y.dtype), y.new_ones(()))
 
     @torch.no_grad()
     def _norm(self, p: Tensors, w: Tensor) -> Tensor:

@@ -86,6 +86,9 @@ class EVA(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return (w + self._factor(p) * p["B"] @ p["A"]).to(w.dtype) if "A" in p else w
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        return (p["A"], self._factor(p) * p["B"]) if "A" in p else None
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, p["A"], p["B"], self._factor(p)) if "A" in p else base(x)
 

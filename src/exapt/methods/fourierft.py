@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exapt.core.base import Base
 from exapt.core.checks import check_rank
-from exapt.core.contract import Tensors, WeightMethod, frozen
+from exapt.core.contract import Tensors, WeightMethod, drawn_places, frozen
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -61,7 +61,7 @@ class FourierFT(WeightMethod):
 
     def init(self, site: Site) -> Tensors:
         d_out, d_in = site.shape
-        index = torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(self.seed))[: self.n_frequency]
+        index = drawn_places(d_out * d_in, self.n_frequency, self.seed)
         c = torch.randn(self.n_frequency) if self.start == "normal" else torch.zeros(self.n_frequency)
         return {"c": c, "index": frozen(index.clone(), saved=False)}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,26 +97,57 @@ class FRoD(WeightMethod):
         return max(1, min(int(d * d * self.sparse_rate), d * (d - 1)))
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        u, middle, v = self._factors(p)
-        return (w + u @ (middle @ v.T)).to(w.dtype)
+        u, v, change, index = _factors(p)
+        return (w + u @ _middle(v.T, change, p["s"], index)).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         (d_out, d_in), rows = base.shape, x.numel() // x.shape[-1]
-        if rows * (2 * d_in + d_out) > d_in * (d_in + d_out):  # many inputs: one product with W' is cheaper
+        if rows * (3 * d_in + d_out) > d_in * (d_in + 2 * d_out):  # many inputs: one product with W' is cheaper
             return F.linear(x, self.weight(p, base.weight).to(x.dtype), base.bias)
-        u, middle, v = self._factors(p)
-        change = F.linear(x.to(v.dtype) @ v @ middle.T, u)
-        y = base(x)
-        return y + change.to(y.dtype)
+        u, v, change, index = _factors(p)
+        turned = v.T @ x.reshape(rows, d_in).to(v.dtype).T
+        return base.plus(x, _middle(turned, change, p["s"], index).T.reshape(x.shape).to(x.dtype), u)
 
-    def _factors(self, p: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-        """``U``, the change of ``Lambda + S`` as a matrix, and ``V``."""
-        kind = next(k for k in p if k.startswith("U_")).removeprefix("U_")
-        d = len(p["lambda"])
-        diagonal = torch.arange(0, d * d, d + 1, device=p["lambda"].device)
-        values = torch.cat([p["lambda"] - p["lambda0"], p["s"]])
-        middle = values.new_zeros(d * d).index_copy(0, torch.cat([diagonal, p[f"index_{kind}"]]), values).view(d, d)
-        return p[f"U_{kind}"], middle, p[f"V_{kind}"]
+
+def _factors(p: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``U``, ``V``, the change of the diagonal, and the places of ``S``."""
+    kind = next(k for k in p if k.startswith("U_")).removeprefix("U_")
+    return p[f"U_{kind}"], p[f"V_{kind}"], p["lambda"] - p["lambda0"], p[f"index_{kind}"]
+
+
+def _middle(t: Tensor, change: Tensor, s: Tensor, index: Tensor) -> Tensor:
+    """``(diag(change) + S) t`` for ``t`` (d, n), with ``S`` never laid out but in the gradient."""
+    return _Middle.apply(t, change, s, index)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Middle(torch.autograd.Function):
+    """``diag(change) t + S t``; ``S`` (d, d) has the entries ``s`` at the flat places ``index``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, change: Tensor, s: Tensor, index: Tensor) -> Tensor:
+        d = len(t)
+        return torch.addcmul(_sparse(index // d, index % d, s, t), change[:, None], t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        t, change, s, index = ctx.saved_tensors
+        d = len(t)
+        dt = torch.addcmul(_sparse(index % d, index // d, s, dy), change[:, None], dy)
+        return dt, (dy * t).sum(1), (dy @ t.T).flatten().index_select(0, index), None
+
+
+def _sparse(row: Tensor, column: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """``S t`` without laying ``S`` out, where torch's sparse product can be had."""
+    d = len(t)
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return s.new_zeros(d * d).index_copy(0, row * d + column, s).view(d, d) @ t
+    return torch.sparse.mm(torch.sparse_coo_tensor(torch.stack([row, column]), s, (d, d), check_invariants=False), t.contiguous())
 
 
 def _kind(site: Site) -> str:

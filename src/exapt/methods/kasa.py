@@ -76,6 +76,9 @@ class KaSA(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return (w - p["B_"] @ p["A_"] + self.alpha / self.rank * (p["B"] * p["d"]) @ p["A"]).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return torch.cat([p["A"], p["A_"]]), torch.cat([self.alpha / self.rank * p["B"] * p["d"], -p["B_"]], 1)
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         b = torch.cat([self.alpha / self.rank * p["B"] * p["d"], -p["B_"]], 1)
         return base.low_rank(x, torch.cat([p["A"], p["A_"]]), b)

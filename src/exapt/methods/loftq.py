@@ -146,6 +146,9 @@ class LoftQ(WeightMethod):
         q = self._matrix(p["codes"], p["absmax"], p["table"], w.shape) if "codes" in p else w
         return (q + self.factor * p["B"] @ p["A"]).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        return None if "codes" in p else (p["A"], self.factor * p["B"])
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         if "codes" not in p:
             return base.low_rank(x, p["A"], p["B"], self.factor)

@@ -75,8 +75,8 @@ class LoHa(WeightMethod):
         return {**p, "w2_b": torch.zeros_like(p["w2_b"])}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        update = _product(p["w1_a"], p["w1_b"], p.get("t1")) * _product(p["w2_a"], p["w2_b"], p.get("t2"))
-        return (w + self.factor * update).to(w.dtype)
+        first, second = _product(p["w1_a"], p["w1_b"], p.get("t1")), _product(p["w2_a"], p["w2_b"], p.get("t2"))
+        return torch.addcmul(w, first, second, value=self.factor).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         d_out, d_in = base.shape

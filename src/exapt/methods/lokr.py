@@ -91,8 +91,9 @@ class LoKr(WeightMethod):
         return {**p, zero: torch.zeros_like(p[zero])}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        update = _left(p)[:, None, :, None] * _right(p)[None, :, None, :]
-        return (w + self.factor * update.reshape(w.shape)).to(w.dtype)
+        left, right = _left(p), _right(p)
+        (a, c), (b, d) = left.shape, right.shape
+        return torch.addcmul(w.reshape(a, b, c, d), left[:, None, :, None], right[None, :, None, :], value=self.factor).reshape(w.shape).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         y = base(x)

@@ -101,5 +101,8 @@ class LoRA(WeightMethod):
         dropped = F.dropout(x, self.dropout, base.training) if self.dropout and x.is_floating_point() else None
         return base.low_rank(x, p["A"], p["B"], self.factor, dropped)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["A"], self.factor * p["B"]
+
     def needs_forward(self) -> bool:
         return self.dropout > 0

@@ -82,6 +82,9 @@ class LoRAFA(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return (w + self.factor * p["B"] @ p["A"]).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["A"], self.factor * p["B"]
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         if self.train == "A":
             return base.low_rank(x, p["A"], p["B"], self.factor)

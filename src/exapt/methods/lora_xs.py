@@ -80,6 +80,9 @@ class LoRAXS(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return (w + self.alpha / self.rank * p["B"] @ (p["R"] @ p["A"])).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["R"] @ p["A"], self.alpha / self.rank * p["B"]
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         # step by step only the r features between A and R are kept for backward; base.low_rank would keep x
         y = base(x)

@@ -64,5 +64,8 @@ class MELoRA(WeightMethod):
         update = torch.block_diag(*(p["B"] @ p["A"]))
         return (w + self.alpha / self.rank * update).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return torch.block_diag(*p["A"]), self.alpha / self.rank * torch.block_diag(*p["B"])
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, torch.block_diag(*p["A"]), torch.block_diag(*p["B"]), self.alpha / self.rank)

@@ -80,7 +80,8 @@ class MiSS(WeightMethod):
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         (d_out, d_in), r, d = base.shape, self.rank, p["D"]
         if base.kind in ("linear", "conv1d_hf"):
-            sums = F.pad(x, (0, -d_in % r)).unflatten(-1, (-1, r)).sum(-2)
+            whole = F.pad(x, (0, -d_in % r)) if d_in % r else x
+            sums = whole.unflatten(-1, (-1, r)).sum(-2)
         else:
             sums = base.apply(torch.eye(r, dtype=d.dtype, device=d.device).tile(1, -(-d_in // r))[:, :d_in], x)
-        return base(x) + base.out(d.tile(1, d_out // d.shape[1]).T, sums)
+        return base.plus(x, sums, (d if d.shape[1] == d_out else d.tile(1, d_out // d.shape[1])).T)

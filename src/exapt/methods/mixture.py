@@ -181,12 +181,13 @@ class _Seen(Base):
     def __call__(self, x: Tensor) -> Tensor:
         return self.y if x is self.x else super().__call__(x)
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, low_rank_x: Tensor | None = None) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, low_rank_x: Tensor | None = None, biased: bool = True) -> Tensor:
         if x is not self.x:
-            return super().low_rank(x, A, B, scale, low_rank_x)
-        a, b = A.to(self.y.dtype), B.to(self.y.dtype)
-        result = self.y + scale * self.out(b, self.apply(a, x if low_rank_x is None else low_rank_x))
-        if low_rank_x is None:
+            return super().low_rank(x, A, B, scale, low_rank_x, biased)
+        a, b, bias = A.to(self.y.dtype), B.to(self.y.dtype), None if biased else self.bias
+        y = self.y if bias is None else self.y - self.scale(bias.to(self.y.dtype), self.y.new_ones(()))
+        result = y + scale * self.out(b, self.apply(a, x if low_rank_x is None else low_rank_x))
+        if low_rank_x is None and bias is None:
             self.factors = result, a, b, scale
         return result
 

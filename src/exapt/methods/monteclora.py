@@ -93,6 +93,9 @@ class MonteCLoRA(WeightMethod):
     def needs_forward(self) -> bool:
         return self.sample_scaler > 0
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["A"], self.alpha / self.rank * p["B"]
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         a = p["A"]
         if base.training and self.sample_scaler:

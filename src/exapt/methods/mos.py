@@ -113,6 +113,10 @@ class MoS(WeightMethod):
         a, b = self._factors(p)
         return torch.addmm(w, b.to(w.dtype), a.to(w.dtype), alpha=self.alpha / self.rank)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        a, b = self._factors(p)
+        return a, self.alpha / self.rank * b
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, *self._factors(p), self.alpha / self.rank)
 

@@ -83,6 +83,10 @@ class NOLA(WeightMethod):
         a, b = self._factors(p, w.shape[0])
         return (w + self.alpha / self.rank * b @ a).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        a, b = self._factors(p, shape[0])
+        return a, self.alpha / self.rank * b
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, *self._factors(p, base.shape[0]), self.alpha / self.rank)
 

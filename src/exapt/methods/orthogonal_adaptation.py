@@ -92,6 +92,9 @@ class OrthogonalAdaptation(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return (w + self.scale * p["A"] @ p["B"].T).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["B"].T, self.scale * p["A"]
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         y = base(x)  # base.low_rank would keep x for backward
         return y + base.out((self.scale * p["A"]).to(y.dtype), base.apply(p["B"].T.to(y.dtype), x))

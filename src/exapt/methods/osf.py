@@ -99,16 +99,20 @@ class OSF(WeightMethod):
         return {**low, **{f"{n}0": frozen(t.clone()) for n, t in low.items()}, **{n: frozen(t) for n, t in high.items()}}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        a, b = _product(p)
-        return (w + b @ a).to(w.dtype)
+        u, v = _projected(p)
+        return (w + ((u * p["S"]) @ v - (p["U0"] * p["S0"]) @ p["V0"])).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        return base.low_rank(x, *_product(p))
+        y = base(x)
+        u, v = _projected(p)
+        p = {k: t.to(y.dtype) for k, t in {**p, "U": u, "V": v}.items()}
+        # two products of the rank r in place of one of 2 r; equal, bit for bit, while nothing has moved
+        new, old = (base.out(p["U" + n], base.scale(p["S" + n], base.apply(p["V" + n], x))) for n in ("", "0"))
+        return y + (new - old)
 
 
-def _product(p: Tensors) -> tuple[Tensor, Tensor]:
-    """The change as one product of rank ``2 r``, exactly zero at the start."""
+def _projected(p: Tensors) -> tuple[Tensor, Tensor]:
+    """``U`` and ``V``, whose gradients lose their part in the span of what is preserved."""
     u = Projected.apply(p["U"], p.get("U_high", p["U0"]), "U_high" not in p)  # type: ignore[no-untyped-call]
     v = Projected.apply(p["V"].mT, p.get("V_high", p["V0"]).mT, "V_high" not in p).mT  # type: ignore[no-untyped-call]
-    b, b0 = u * p["S"], p["U0"] * p["S0"]
-    return torch.cat([v, v - p["V0"]]), torch.cat([b - b0, b0], 1)
+    return u, v

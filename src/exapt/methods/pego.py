@@ -66,6 +66,9 @@ class PEGO(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return (w + (p["B"] @ p["A"]).sum(0)).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["A"].flatten(0, 1), p["B"].transpose(0, 1).flatten(1)
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, p["A"].flatten(0, 1), p["B"].transpose(0, 1).flatten(1))
 

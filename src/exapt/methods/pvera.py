@@ -82,16 +82,15 @@ class PVeRA(WeightMethod):
         return (w + left @ p["A"][: self.rank, :d_in]).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        y = base(x)
         d_out, d_in = base.shape
-        if self.dropout and x.is_floating_point():
-            x = F.dropout(x, self.dropout, base.training)
-        p = {k: t.to(y.dtype) for k, t in {**p, "A": p["A"][:, :d_in], "B": p["B"][:d_out]}.items()}
-        z = base.scale(p["lambda_d"][: self.rank], base.apply(p["A"][: self.rank], x))
+        inner = F.dropout(x, self.dropout, base.training) if self.dropout and x.is_floating_point() else x
+        dtype = x.dtype if x.is_floating_point() else p["lambda_b"].dtype
+        A, size = p["A"][:, :d_in].to(dtype), p["lambda_d"].to(dtype)
+        z = base.scale(size[: self.rank], base.apply(A[: self.rank], inner))
         if self.sample == "always" or (self.sample == "training" and base.training):
-            log_variance = base.scale(p["lambda_d"][self.rank :], base.apply(p["A"][self.rank :], x))
+            log_variance = base.scale(size[self.rank :], base.apply(A[self.rank :], inner))
             z = z + torch.randn_like(z) * (0.5 * log_variance).exp()
-        return y + base.scale(p["lambda_b"], base.out(p["B"], z))
+        return base.plus(x, z, p["B"][:d_out], p["lambda_b"])
 
     def needs_forward(self) -> bool:
         return self.sample != "never" or self.dropout > 0

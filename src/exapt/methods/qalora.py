@@ -70,6 +70,9 @@ class QALoRA(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return w + self.factor(w.shape[1]) * (p["B"] @ p["A"]).repeat_interleave(self.group_size, 1)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["A"].repeat_interleave(self.group_size, 1), self.factor(shape[1]) * p["B"]
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         factor = self.factor(base.shape[1])
         if base.kind not in ("linear", "conv1d_hf"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,26 @@ class RandLoRA(WeightMethod):
     def _factors(self, p: Tensors, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
         """The update as one product of (d_out, n rank) and (n rank, d_in)."""
         n, short = p["gamma"].shape
-        scaled = (p["lambda"][:, :, None] * p["A"][..., :short] * p["gamma"]).flatten(0, 1)
+        scaled = _Scaled.apply(p["lambda"], p["A"][..., :short], p["gamma"]).flatten(0, 1)  # type: ignore[no-untyped-call]
         fixed = p["B"][: max(d_out, d_in), :n].flatten(1)
         return (scaled, fixed) if short == d_in else (fixed.T, scaled.T)
+
+
+class _Scaled(torch.autograd.Function):
+    """``lambda_ij A_i gamma_j`` (rank, n, d) from ``lambda`` (rank, n), the fixed ``A`` (rank, 1, d) and ``gamma`` (n, d); none of that size is kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(size: Tensor, A: Tensor, gamma: Tensor) -> Tensor:
+        return A * gamma * size[:, :, None]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        size, A, gamma = ctx.saved_tensors
+        along = dy * A
+        return torch.einsum("ijd,jd->ij", along, gamma), None, torch.einsum("ijd,ij->jd", along, size)

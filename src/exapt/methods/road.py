@@ -1,7 +1,7 @@
 """RoAd: 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability (Liao and Monz, NeurIPS 2024)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,7 +88,32 @@ class RoAd(WeightMethod):
             cosine, sine = alpha[:, :g] * theta[:, :g].cos(), alpha[:, g:] * theta[:, g:].sin()
         else:
             cosine, sine = alpha * theta.cos(), alpha * theta.sin()
-        parts = h.unflatten(-1, (-1, g))
-        first, second = parts.chunk(2, -1)
-        crossed = torch.cat([-second, first], -1)
-        return torch.addcmul(parts * cosine.to(h.dtype), crossed, sine.to(h.dtype)).flatten(-2)
+        return _Turned.apply(h.unflatten(-1, (-1, g)), cosine.to(h.dtype), sine.to(h.dtype)).flatten(-2)  # type: ignore[no-untyped-call]
+
+
+class _Turned(torch.autograd.Function):
+    """The pairs of ``h`` (..., n, g) turned by ``cosine`` and ``sine`` (n, g), keeping ``h`` alone for the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        (first, second), (c1, c2), (s1, s2) = (t.chunk(2, -1) for t in (h, cosine, sine))
+        return torch.cat([torch.addcmul(first * c1, second, s1, value=-1), torch.addcmul(second * c2, first, s2)], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, cosine, sine = ctx.saved_tensors
+        (d1, d2), (first, second), (s1, s2) = (t.chunk(2, -1) for t in (dy, h, sine))
+        c1, c2 = cosine.chunk(2, -1)
+        dh = torch.cat([torch.addcmul(d1 * c1, d2, s2), torch.addcmul(d2 * c2, d1, s1, value=-1)], -1) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dh, None, None
+        dims = tuple(range(h.dim() - 2))
+        dsine = torch.cat([-(d1 * second).sum(dims), (d2 * first).sum(dims)], -1) if dims else torch.cat([-d1 * second, d2 * first], -1)
+        along = dy * h
+        return dh, along.sum(dims) if dims else along, dsine

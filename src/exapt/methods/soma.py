@@ -85,6 +85,10 @@ class SoMA(WeightMethod):
         a, b = difference(p)
         return (w + self.factor * b @ a).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        a, b = difference(p)
+        return a, self.factor * b
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, *difference(p), self.factor)
 

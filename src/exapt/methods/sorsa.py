@@ -71,6 +71,9 @@ class SORSA(WeightMethod):
         a, b = _product(p)
         return (w + b @ a).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return _product(p)
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, *_product(p))
 

@@ -87,6 +87,9 @@ class TinyLoRA(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         return (w + p["B"] @ (_combined(p) @ p["A"])).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return _combined(p) @ p["A"], p["B"]
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         # step by step only the r features between A and R are kept for backward; base.low_rank would keep x
         y = base(x)

@@ -90,6 +90,9 @@ class UniLoRA(WeightMethod):
         a, b = self._factors(p)
         return (w + b @ a).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return self._factors(p)
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         dropped = F.dropout(x, self.dropout, base.training) if self.dropout and x.is_floating_point() else None
         return base.low_rank(x, *self._factors(p), low_rank_x=dropped)

@@ -68,10 +68,12 @@ class VeRA(WeightMethod):
         left = p["lambda_b"][:, None] * p["B"][:d_out] * p["lambda_d"]
         return (w + left @ p["A"][:, :d_in]).to(w.dtype)
 
+    def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return p["A"][:, : shape[1]], p["lambda_b"][:, None] * p["B"][: shape[0]] * p["lambda_d"]
+
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        # base.low_rank would form gradients of the large frozen matrices; only the vectors need any
-        y = base(x)
         d_out, d_in = base.shape
-        p = {k: t.to(y.dtype) for k, t in {**p, "A": p["A"][:, :d_in], "B": p["B"][:d_out]}.items()}
-        h = base.scale(p["lambda_d"], base.apply(p["A"], x))
-        return y + base.scale(p["lambda_b"], base.out(p["B"], h))
+        dtype = x.dtype if x.is_floating_point() else p["lambda_b"].dtype
+        A, B = p["A"][:, :d_in].to(dtype), p["B"][:d_out]
+        # base.low_rank would form gradients of the large frozen matrices; only the vectors need any
+        return base.plus(x, base.scale(p["lambda_d"].to(dtype), base.apply(A, x)), B, p["lambda_b"])

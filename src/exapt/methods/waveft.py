@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exapt.core.base import Base
 from exapt.core.checks import check_rank
-from exapt.core.contract import Tensors, WeightMethod, frozen
+from exapt.core.contract import Tensors, WeightMethod, drawn_places, frozen
 from exapt.core.errors import InputError
 from exapt.core.registry import register
 from exapt.core.sites import Site
@@ -85,7 +85,7 @@ class WaveFT(WeightMethod):
 
     def init(self, site: Site) -> Tensors:
         (d_out, d_in), n = site.shape, int(site.statistics["n"]) if self.proportional else self.n_frequency
-        index = torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(self.seed))[:n]
+        index = drawn_places(d_out * d_in, n, self.seed)
         if self.transform:
             index = self.places(index // d_in, index % d_in, d_out, d_in)
         return {"c": torch.zeros(n), "index": frozen(index.clone(), saved=self.proportional)}
@@ -148,10 +148,17 @@ def padded(size: int, length: int) -> int:
 
 def _synthesis(c: Tensor, filters: Tensor, size: int) -> Tensor:
     """Numbers (..., size) from averages and differences (..., spectrum)."""
-    halves = c.reshape(-1, 2, c.shape[-1] // 2)
-    whole = F.conv_transpose1d(halves, filters[:, None].to(c.dtype), stride=2)
-    start = filters.shape[1] - 2
-    return whole[:, 0, start : start + size].reshape(*c.shape[:-1], size)
+    taps = filters.shape[1] // 2
+    number = c.shape[-1] // 2 - taps + 1
+    phases = []
+    for phase in (0, 1):  # even and odd numbers apart, tap by tap: torch's transposed convolution of one channel is many times slower
+        terms = [
+            half[..., taps - 1 - j : taps - 1 - j + number] * taken[2 * j + phase]
+            for half, taken in zip(c.chunk(2, -1), filters.to(c.dtype), strict=True)
+            for j in range(taps)
+        ]
+        phases.append(sum(terms[1:], terms[0]))
+    return torch.stack(phases, -1).flatten(-2)[..., :size]
 
 
 def _analysis(x: Tensor, filters: Tensor, spectrum: int) -> Tensor:
