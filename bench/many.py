@@ -12,7 +12,6 @@ import copy
 import gc
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -20,7 +19,6 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from _models import build, targets
-from _table import interval
-from run import machine
+from speed import machine
+from speed_models import build
+from speed_table import interval
 from torch import nn
 
 import exapt
 
 RANKS = (4, 8, 16)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The names that make PEFT take the sites that exapt takes by default."""
 MIXED = ("lora", "lora_fa", "lora_xs", "dora", "ia3", "adapter")
 
 
@@ -55,7 +55,7 @@ def interleaved(sides: dict[str, Callable[[], Any]], repeats: int, below: str = 
     return {"seconds": seconds, "ratio_to_" + below: ratios}
 
 
-def lora_pair(base: nn.Module, kind: str, n: int) -> tuple[nn.Module, Any]:
+def lora_pair(base: nn.Module, n: int) -> tuple[nn.Module, Any]:
     """The model with ``n`` LoRAs of mixed ranks, by exapt and by PEFT."""
     import peft
 
@@ -64,7 +64,7 @@ def lora_pair(base: nn.Module, kind: str, n: int) -> tuple[nn.Module, Any]:
     for i in range(n):
         r = RANKS[i % len(RANKS)]
         exapt.attach(ours, exapt.LoRA(rank=r), name=f"a{i}", trainable=False)
-        config = peft.LoraConfig(r=r, target_modules=targets(kind), init_lora_weights=False)
+        config = peft.LoraConfig(r=r, target_modules=TARGETS, init_lora_weights=False)
         if wrapped is None:
             wrapped = peft.get_peft_model(theirs, config, adapter_name="a0")
         else:
@@ -72,10 +72,10 @@ def lora_pair(base: nn.Module, kind: str, n: int) -> tuple[nn.Module, Any]:
     return ours.eval(), wrapped.eval()
 
 
-def mixed(base: nn.Module, kind: str, shapes: list[tuple[int, int, int, str]], repeats: int) -> dict[str, Any]:
+def mixed(base: nn.Module, shapes: list[tuple[int, int, int, str]], repeats: int) -> dict[str, Any]:
     """Batches of ``rows`` x ``length`` tokens whose rows use ``n`` adapters, in turn or at random; equal to PEFT's in what is done, not in values."""
     found: dict[str, Any] = {}
-    ours, theirs = lora_pair(base, kind, max(n for n, *_ in shapes))
+    ours, theirs = lora_pair(base, max(n for n, *_ in shapes))
     for n, rows, length, order in shapes:
         ids = torch.randint(0, base.config.vocab_size, (rows, length))  # type: ignore[union-attr]
         names = [f"a{i * n // rows}" if order == "in turn" else f"a{random.randrange(n)}" for i in range(rows)]
@@ -110,10 +110,10 @@ def kinds(base: nn.Module, rows: int, length: int, repeats: int) -> dict[str, An
         return interleaved(sides, repeats)
 
 
-def switching(base: nn.Module, kind: str, times: int) -> dict[str, Any]:
+def switching(base: nn.Module, times: int) -> dict[str, Any]:
     """Microseconds of making another of four adapters the active one, by the wall, warm."""
     found: dict[str, Any] = {}
-    ours, theirs = lora_pair(base, kind, 4)
+    ours, theirs = lora_pair(base, 4)
 
     def measure(switch: Callable[[str], Any]) -> list[float]:
         taken = []
@@ -165,7 +165,7 @@ def resident(n: int) -> dict[str, Any]:
     return found
 
 
-def loading(base: nn.Module, kind: str, repeats: int) -> dict[str, Any]:
+def loading(base: nn.Module, repeats: int) -> dict[str, Any]:
     """Milliseconds, by the wall, to load a file of about 1 MB that the system holds in its cache: exapt's and PEFT's."""
     import peft
 
@@ -181,7 +181,7 @@ def loading(base: nn.Module, kind: str, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours = exapt.attach(copy.deepcopy(base), exapt.LoRA(rank=8), where="attention.{query,value}")
         path = exapt.save(ours, Path(folder) / "adapter")
-        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=8, target_modules=[targets(kind)[i] for i in (0, 2)]))
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
         theirs.save_pretrained(folder + "/peft")
         found: dict[str, Any] = {"bytes": path.stat().st_size}
         found["exapt"] = interval(measure(lambda name: exapt.load(ours, path, name=name)))
@@ -189,16 +189,14 @@ def loading(base: nn.Module, kind: str, repeats: int) -> dict[str, Any]:
     return found
 
 
-def decoding(base: nn.Module, kind: str, repeats: int) -> dict[str, Any]:
+def decoding(base: nn.Module, repeats: int) -> dict[str, Any]:
     """One token of one row, LoRA and DoRA, by exapt and by PEFT."""
     import peft
 
     models: dict[str, Any] = {"base": base}
     for key, dora in (("lora", False), ("dora", True)):
         models[f"exapt {key}"] = exapt.attach(copy.deepcopy(base), exapt.method(key), trainable=False)
-        models[f"peft {key}"] = peft.get_peft_model(
-            copy.deepcopy(base), peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets(kind), use_dora=dora)
-        ).eval()
+        models[f"peft {key}"] = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, use_dora=dora)).eval()
     ids = torch.randint(0, base.config.vocab_size, (1, 1))  # type: ignore[union-attr]
     with torch.no_grad():
         return interleaved({k: lambda m=m: m(input_ids=ids, use_cache=False) for k, m in models.items()}, repeats)
@@ -209,35 +207,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--quick", action="store_true", help="once, on a tiny model")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the result")
+    parser.add_argument("--cases", default="", help="only these of decoding, switching_us, loading_ms, resident, kinds, mixed; the file keeps the others")
     a = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
-    kind, repeats = ("tiny", 2) if a.quick else ("llama", 5)
+    kind, repeats = ("tiny", 2) if a.quick else ("llama_12", 5)
     shapes = [(2, 4, 4, "in turn")] if a.quick else [(8, 16, 16, "in turn"), (64, 64, 16, "in turn"), (64, 64, 16, "at random"), (64, 64, 1, "in turn")]
     result: dict[str, Any] = {
         "model": kind,
         "repeats": repeats,
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("exapt", "peft", "torch", "transformers")}},
     }
     a.out.mkdir(parents=True, exist_ok=True)
+    if a.cases and (a.out / "many.json").is_file():
+        result = {**json.loads((a.out / "many.json").read_text()), **result}
     base = build(kind).eval().requires_grad_(False)
     cases: dict[str, Callable[[], dict[str, Any]]] = {
-        "decoding": lambda: decoding(base, kind, 3 * repeats),
-        "switching_us": lambda: switching(base, kind, 40 if a.quick else 400),
-        "loading_ms": lambda: loading(base, kind, repeats),
+        "decoding": lambda: decoding(base, 3 * repeats),
+        "switching_us": lambda: switching(base, 40 if a.quick else 400),
+        "loading_ms": lambda: loading(base, repeats),
         "resident": lambda: resident(50 if a.quick else 1000),
         "kinds": lambda: kinds(base, 6 if a.quick else 24, 4 if a.quick else 16, repeats),
-        "mixed": lambda: mixed(base, kind, shapes, repeats),
+        "mixed": lambda: mixed(base, shapes, repeats),
     }
-    for name, case in cases.items():
+    for name in a.cases.split(",") if a.cases else cases:
+        case = cases[name]
         print(name, file=sys.stderr)
         result[name] = case()
         gc.collect()
         result["machine"]["load_after"] = round(os.getloadavg()[0], 1)
         (a.out / "many.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k not in ("machine", "versions")}, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
 
 
 if __name__ == "__main__":

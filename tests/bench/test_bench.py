@@ -118,3 +118,12 @@ def test_the_smallest_run_writes_results(tmp_path: Path, table: ModuleType, page
     stamps = {f: os.stat(f).st_mtime_ns for f in (tmp_path / "cells").glob("*.json")}
     subprocess.run(command, check=True, capture_output=True, timeout=900)
     assert {f: os.stat(f).st_mtime_ns for f in (tmp_path / "cells").glob("*.json")} == stamps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["many", "growth"])
+def test_other_benchmarks_run(name: str, tmp_path: Path) -> None:
+    more = ["--picture", str(tmp_path / "growth.png"), "--out", str(tmp_path / "growth.json")] if name == "growth" else ["--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(BENCH / f"{name}.py"), "--quick", *more], capture_output=True, text=True, timeout=600, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads((tmp_path / f"{name}.json").read_text())) >= 4
