@@ -117,3 +117,13 @@ def test_a_name_that_is_not_there_removes_nothing() -> None:
     with pytest.raises(exapt.InputError, match='no adapter "b"'):
         exapt.detach(model, "a", "b")
     assert exapt.adapters(model) == ("a",)
+
+
+def test_loaded_tensors_have_memory_and_versions_of_their_own(tmp_path: Path) -> None:
+    """Parts of one map of the file would share both: a write into one would look to autograd like a write into all."""
+    path = exapt.save(exapt.attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), exapt.LoRA(rank=2), "all"), tmp_path / "a")
+    first, *others = exapt.read(path).tensors.values()
+    versions = [t._version for t in others]
+    first.zero_()
+    assert [t._version for t in others] == versions
+    assert len({t.untyped_storage().data_ptr() for t in (first, *others)}) == 1 + len(others)

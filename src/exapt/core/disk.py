@@ -44,10 +44,10 @@ def refuse(path: Path) -> None:
 
 
 def contents(path: Path, key: str) -> tuple[str | None, dict[str, Tensor]]:
-    """An entry of a safetensors file's metadata, and the file's tensors, which stay on disk until they are used.
+    """An entry of a safetensors file's metadata, and the file's tensors.
 
-    The tensors are those of ``safetensors.safe_open``, which checks the file; they are made from one map of it here, because fetching them one by one
-    costs several times more than all else in loading a small adapter. Writing into them does not change the file.
+    The tensors are those of ``safetensors.safe_open``, which checks the file; they are copied from one map of it here, because fetching them one by one
+    costs several times more than all else in loading a small adapter.
     """
     with safetensors.safe_open(path, framework="np") as f:
         text = (f.metadata() or {}).get(key)
@@ -65,7 +65,8 @@ def contents(path: Path, key: str) -> tuple[str | None, dict[str, Tensor]]:
         if dtype is None or (start + begin) % dtype.itemsize or sys.byteorder == "big":
             with safetensors.safe_open(path, framework="pt") as f:
                 return text, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        found[name] = flat[start + begin : start + end].view(dtype).view(entry["shape"])
+        # with memory of its own: parts of one map would share a version counter, which autograd looks at, and a storage, which other savers refuse
+        found[name] = flat[start + begin : start + end].view(dtype).view(entry["shape"]).clone()
     return text, found
 
 

@@ -54,7 +54,7 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, blocks = ctx.saved_tensors
-        dx = _product(dy, blocks.mT) if ctx.needs_input_grad[0] else None
+        dx = _Rotated.apply(dy, blocks.mT) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
         return dx, torch.bmm(x.permute(1, 2, 0), dy.transpose(0, 1)) if ctx.needs_input_grad[1] else None
 
 

@@ -69,44 +69,45 @@ class LinearLowRank(torch.autograd.Function):
 
 
 class LinearPlus(torch.autograd.Function):
-    r"""Computes :math:`W x + b + s \odot (B h)` for frozen :math:`W` and :math:`b`, keeping nothing of ``x`` for the backward pass.
-
-    ``s`` is a number or a vector over the outputs; of the vector the product :math:`B h` is kept.
-    """
+    r"""Computes :math:`W x + b + s\, B h` for frozen :math:`W` and :math:`b` and a number :math:`s`, keeping nothing of ``x`` for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-        y, flat, b = F.linear(x.reshape(-1, x.shape[-1]), W, bias), h.reshape(-1, h.shape[-1]), B.to(h.dtype)
-        if isinstance(scale, Tensor):
-            product: Tensor | None = flat @ b.T
-            y.addcmul_(product, scale.to(h.dtype))  # type: ignore[arg-type]
-        else:
-            product = None
-            y.addmm_(flat, b.T, alpha=scale)
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, scale: float) -> Tensor:
+        y = F.linear(x.reshape(-1, x.shape[-1]), W, bias).addmm_(h.reshape(-1, h.shape[-1]), B.to(h.dtype).T, alpha=scale)
         if ctx is not None:
-            ctx.number, needed = None if isinstance(scale, Tensor) else scale, ctx.needs_input_grad
-            ctx.shape, ctx.dtype = h.shape, B.dtype
-            ctx.save_for_backward(
-                W if needed[0] else None, h if needed[4] else None, B if needed[3] else None,
-                product if needed[5] else None, scale if isinstance(scale, Tensor) else None,
-            )  # fmt: skip
+            ctx.scale, ctx.shape, ctx.dtype, needed = scale, h.shape, B.dtype, ctx.needs_input_grad
+            ctx.save_for_backward(W if needed[0] else None, h if needed[4] else None, B if needed[3] else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        W, h, B, product, vector = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
+        W, h, B = ctx.saved_tensors
+        flat, dh, db = dy.reshape(-1, dy.shape[-1]), None, None
         dx = (flat @ W).view(*dy.shape[:-1], W.shape[1]) if ctx.needs_input_grad[0] else None
-        scaled = flat if vector is None else flat * vector.to(flat.dtype)
-        number = 1.0 if ctx.number is None else ctx.number
-        dh = db = None
         if ctx.needs_input_grad[3]:
-            dh = (scaled @ B.to(dy.dtype)).view(ctx.shape)
-            dh = dh if number == 1 else dh * number
+            dh = (flat @ B.to(dy.dtype)).view(ctx.shape)
+            dh = dh if ctx.scale == 1 else dh * ctx.scale
         if ctx.needs_input_grad[4]:
-            db = _outer(h.reshape(-1, h.shape[-1]), scaled, number).to(ctx.dtype)
-        ds = (flat * product).sum(0).to(vector.dtype) if ctx.needs_input_grad[5] else None
-        return dx, None, None, dh, db, ds
+            db = _outer(h.reshape(-1, h.shape[-1]), flat, ctx.scale).to(ctx.dtype)
+        return dx, None, None, dh, db, None
+
+
+class LinearScaled(torch.autograd.Function):
+    r"""Computes :math:`W x + b + s \odot u` for frozen :math:`W` and :math:`b` and a vector :math:`s`, keeping nothing of ``x`` for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, update: Tensor, scale: Tensor) -> Tensor:
+        if ctx is not None:
+            ctx.save_for_backward(W, update if ctx.needs_input_grad[4] else None, scale)
+        return F.linear(x, W, bias).addcmul_(update, scale.to(update.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        W, update, scale = ctx.saved_tensors
+        dx = dy @ W if ctx.needs_input_grad[0] else None
+        du = dy * scale.to(dy.dtype) if ctx.needs_input_grad[3] else None
+        ds = (dy * update).flatten(0, -2).sum(0).to(scale.dtype) if ctx.needs_input_grad[4] else None
+        return dx, None, None, du, ds
 
 
 class LinearSparse(torch.autograd.Function):
