@@ -22,6 +22,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "linear low rank": (lambda x, a, b: LinearLowRank.apply(x, W, BIAS, a, b, 0.7), [(3, 6), (2, 6), (5, 2)]),
     "linear plus": (lambda x, h, b: LinearPlus.apply(x, W, BIAS, h, b, 0.7), [(2, 3, 6), (2, 3, 2), (5, 2)]),
     "linear scaled": (lambda x, u, s: LinearScaled.apply(x, W, BIAS, u, s), [(2, 3, 6), (2, 3, 5), (5,)]),
+    "linear scaled, one": (lambda x, u, s: LinearScaled.apply(x, W, BIAS, u, s), [(6,), (5,), (5,)]),
     "rotated": (rotate, [(2, 3, 6), (2, 3, 3)]),
     "turned": (_Turned.apply, [(3, 2, 4), (2, 4), (2, 4)]),
     "turned, one": (_Turned.apply, [(2, 4), (2, 4), (2, 4)]),

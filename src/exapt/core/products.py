@@ -106,7 +106,7 @@ class LinearScaled(torch.autograd.Function):
         W, update, scale = ctx.saved_tensors
         dx = dy @ W if ctx.needs_input_grad[0] else None
         du = dy * scale.to(dy.dtype) if ctx.needs_input_grad[3] else None
-        ds = (dy * update).flatten(0, -2).sum(0).to(scale.dtype) if ctx.needs_input_grad[4] else None
+        ds = (dy * update).reshape(-1, dy.shape[-1]).sum(0).to(scale.dtype) if ctx.needs_input_grad[4] else None
         return dx, None, None, du, ds
 
 
