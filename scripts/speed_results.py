@@ -248,7 +248,12 @@ def readme(found: list[dict[str, Any]]) -> str:
     lines += ["- `speed_*.json`: exapt beside PEFT and the frozen base, [docs/speed.md](../../docs/speed.md)"]
     lines += [f"  - `speed_{r['model']}.json`: {r['text']}, {len(r['methods'])} methods" for r in found]
     lines += ["  - `speed_adapters.json`: beside AdapterHub's `adapters`"] if (RESULTS / "speed_adapters.json").exists() else []
-    others = {"methods.json": "every method on one real task", "shift_*.json": "docs/shift_results.md", "algebra.json": "docs/algebra_results.md"}
+    others = {
+        "many.json": "many adapters at once: mixed batches, switching, residents, loading, one token (`bench/many.py`)",
+        "growth.json": "how cost grows (`bench/growth.py`), [the plot](../../docs/images/growth.png)",
+        "compiled.json": "what `torch.compile` gains (`bench/compiled.py`)", "saved.json": "docs/saved.md",
+        "methods.json": "every method on one real task", "shift_*.json": "docs/shift_results.md", "algebra.json": "docs/algebra_results.md",
+    }  # fmt: skip
     lines += [f"- `{name}`: {text}" for name, text in others.items() if list(RESULTS.glob(name))]
     return "\n".join(lines) + "\n"
 

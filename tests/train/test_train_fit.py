@@ -70,7 +70,6 @@ def test_text_classification_trains_adapter_and_head_and_the_file_holds_both(tmp
     assert result.metrics["accuracy"] == 1.0
     assert result.steps == 8 * 5
     assert result.stopped == "all 40 steps done"
-    assert result.peak_bytes >= 0  # of a process that has memory to spare it is nothing; that it is seen is tests/train/test_train_memory.py
     assert result.seconds > 0
     assert all(torch.equal(v, base.state_dict()[k]) for k, v in before.items())
     trained = set(exapt.trainable(result.model))

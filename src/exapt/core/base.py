@@ -81,25 +81,20 @@ class Base:
             B: (d_out, m).
             scale: A number, or a vector (d_out,) over the features.
         """
+        if not self._plain_linear(x):
+            return self._added(self(x), h, B, scale)
+        W, bias = cast(Tensor, self.module._parameters["weight"]), self.module._parameters["bias"]
         if isinstance(scale, Tensor):
-            return self._scaled(x, self.out(B.to(h.dtype), h), scale)
-        if self._plain_linear(x):
-            W, bias = self.module._parameters["weight"], self.module._parameters["bias"]
-            if torch.is_grad_enabled():
-                return LinearPlus.apply(x, W, bias, h, B, scale)  # type: ignore[no-untyped-call]
-            return LinearPlus.forward(None, x, cast(Tensor, W), bias, h, B, scale)
-        y = self(x)
-        return y + scale * self.out(B.to(y.dtype), h.to(y.dtype))
+            given = x, W, bias, self.out(B.to(h.dtype), h), scale
+            return LinearScaled.apply(*given) if torch.is_grad_enabled() else LinearScaled.forward(None, *given)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            return LinearPlus.apply(x, W, bias, h, B, scale)  # type: ignore[no-untyped-call]
+        return LinearPlus.forward(None, x, W, bias, h, B, scale)
 
-    def _scaled(self, x: Tensor, update: Tensor, scale: Tensor) -> Tensor:
-        """``base(x)`` and ``scale`` (d_out,) times the features of ``update``."""
-        if self._plain_linear(x):
-            W, bias = self.module._parameters["weight"], self.module._parameters["bias"]
-            if torch.is_grad_enabled():
-                return LinearScaled.apply(x, W, bias, update, scale)  # type: ignore[no-untyped-call]
-            return LinearScaled.forward(None, x, cast(Tensor, W), bias, update, scale)
-        y = self(x)
-        return y + self.scale(scale.to(y.dtype), update.to(y.dtype))
+    def _added(self, y: Tensor, h: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+        """``y + scale * (B h)``."""
+        update = self.out(B.to(y.dtype), h.to(y.dtype))
+        return y + (self.scale(scale.to(y.dtype), update) if isinstance(scale, Tensor) else scale * update)
 
     def sparse(self, x: Tensor, values: Tensor, index: Tensor, scale: float = 1.0, seen: Callable[[Tensor], None] | None = None) -> Tensor:
         """Runs the layer with ``scale * values`` added to the matrix at the flat places ``index``, keeping no changed matrix for backward.
