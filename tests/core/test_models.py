@@ -135,3 +135,25 @@ def test_where_chooses() -> None:
     assert names(["attention.query", lambda s: s.name == "classifier"])[-1] == "classifier"
     assert len(names("linear")) == 13
     assert "classifier" not in names("linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("word_embeddings", "embedding"), ("embed_tokens", "embedding"), ("wte", "embedding"), ("token_embedding", "embedding"), ("shared", "embedding"),
+        ("composed", "embedding"), ("position_embeddings", "embedding.position"), ("wpe", "embedding.position"), ("embed_positions", "embedding.position"),
+        ("relative_attention_bias", "embedding.position"), ("rel_embeddings", "embedding.position"), ("distance_embedding", "embedding.position"),
+        ("token_type_embeddings", "embedding.type"), ("lang_embeddings", "embedding.type"),
+    ],
+)  # fmt: skip
+def test_tables_of_tokens_positions_and_types(name: str, role: str) -> None:
+    model = nn.ModuleDict({name: nn.Embedding(5, 4), "out": nn.Linear(4, 2)})
+    assert {s.name: s.role for s in exapt.sites(model)}[name] == role
+
+
+def test_small_tokens_are_not_taken_for_positions() -> None:
+    """Token 1 is a row of BERT's table of positions, and of its table of types, too."""
+    model, _ = build("bert")
+    exapt.attach(model, exapt.TrainableTokens(tokens=(1,)))
+    assert [n for n, _ in exapt.trainable(model).items() if "position" in n or "type" in n] == []
+    assert sum(p.numel() for p in exapt.trainable(model).values()) == model.get_input_embeddings().weight.shape[1]

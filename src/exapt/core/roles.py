@@ -22,6 +22,11 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"(down_proj|fc2|mlp\.c_proj|DenseReluDense\.wo|w2|lin2|linear2|output\.dense|dense_4h_to_h)$", "mlp.down"),
 )  # fmt: skip
 _HEADS = re.compile(r"(^|\.)(classifier|lm_head|head|heads|score|fc|qa_outputs|cls|output_projection|text_projection|visual_projection)(\.[\w]+)*$")
+_TABLES = (
+    (re.compile(r"(^|_)(pos|rel|wpe|distance)"), "embedding.position"),
+    (re.compile(r"(^|_)(type|segment|lang)"), "embedding.type"),
+)  # fmt: skip
+"""Look-ups of something else than tokens, by their own name."""
 _PATTERNS = tuple((re.compile(r"(^|\.)" + pattern), role) for pattern, role in _NAMES)
 
 
@@ -109,7 +114,7 @@ def _role(name: str, module: nn.Module, blocks: set[str], head: str | None) -> s
     if _is_norm(module):
         return "norm"
     if isinstance(module, nn.Embedding):
-        return "embedding"
+        return next((role for pattern, role in _TABLES if pattern.search(last)), "embedding")
     if isinstance(module, nn.MultiheadAttention):
         return "attention"
     if is_leaf(module) and any(p is not None for p in module._parameters.values()):

@@ -59,7 +59,7 @@ class DiffPruning(WeightMethod):
     paper = "Parameter-Efficient Transfer Learning with Diff Pruning"
     equation = r"W' = W + z \odot w, \quad z \sim \mathrm{HardConcrete}(\alpha)"
     golden = "NumPy"
-    where = ("linear", "embedding")
+    where = ("linear", "embedding*")
     full_precision = True
     exceptions: ClassVar = {"gradient": "a gate that its noise opens fully has no gradient; at the start nearly all of them are open"}
 

@@ -57,7 +57,7 @@ class LotteryTicketSFT(WeightMethod):
     paper = "Composable Sparse Fine-Tuning for Cross-Lingual Transfer"
     equation = r"W' = W + \phi, \quad \|\phi\|_0 \le k"
     golden = "NumPy"
-    where = ("linear", "embedding")
+    where = ("linear", "embedding*")
     full_precision = True
 
     density: float = 0.01

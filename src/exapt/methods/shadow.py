@@ -60,7 +60,7 @@ class Shadow(ActivationMethod):
     paper = "ShadowPEFT: Shadow Network for Parameter-Efficient Fine-Tuning"
     equation = r"h \leftarrow h + \alpha W_{up} W_{down} (h - s),\; s \leftarrow (1 - g) s + g\, T(h)"
     golden = "PEFT"
-    where = ("embedding", "block")
+    where = ("embedding*", "block")
     carries = True
 
     rank: int = 8
