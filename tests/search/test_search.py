@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from killed_search import GRID, Slow, run, same
 from torch import nn
 
 import exapt
+from exapt.search import study
 from exapt.search.cells import Cell, pareto
 from exapt.search.space import Choice, Invalid, Places, Real, Whole, resolve, rules_of
 from exapt.search.study import collected, search
@@ -91,6 +93,21 @@ def test_processes_of_one_call(tmp_path: Path) -> None:
     assert set(begun(tmp_path).values()) == {1}
     assert len(workers) == 2
     assert str(os.getpid()) not in workers
+
+
+def test_a_cell_just_measured_is_not_taken_for_a_dead_processs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two searches in one folder, each slow between writing a cell's file and telling the study."""
+    tell = study._tell
+
+    def late(*args: Any) -> None:
+        time.sleep(0.05)
+        tell(*args)
+
+    monkeypatch.setattr(study, "_tell", late)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run, tmp_path, "grid", 16, 0.05) for _ in range(2)]
+        assert [len(f.result().cells) for f in both] == [16, 16]
+    assert set(begun(tmp_path).values()) == {1}
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "gp"])

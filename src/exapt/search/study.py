@@ -246,15 +246,20 @@ class _Search:
                 raise built
             metrics = at.checked_metrics(self.measure(built, cell.folder), self.objectives)
         except InputError as e:
-            write_json(cell.folder / at.FAILURE, {"values": cell.values, "error": str(e)})
-            _tell(study, trial.number, None)
+            self.noted(study, trial, cell.folder / at.FAILURE, {"values": cell.values, "error": str(e)}, None)
             line = f"failed: {e}"
         else:
-            write_json(cell.folder / at.METRICS, {"values": cell.values, "metrics": metrics, "seconds": time.perf_counter() - started})
-            _tell(study, trial.number, [metrics[k] for k in self.objectives])
+            found = {"values": cell.values, "metrics": metrics, "seconds": time.perf_counter() - started}
+            self.noted(study, trial, cell.folder / at.METRICS, found, [metrics[k] for k in self.objectives])
             line = ", ".join(f"{k} {metrics[k]:.6g}" for k in self.objectives)
         if self.show is not None:
             self.show(f"cell {cell.name}: {line}")
+
+    def noted(self, study: Any, trial: Any, path: Path, found: dict[str, Any], values: list[float] | None) -> None:
+        """Writes a cell's file and tells the study, as one step: a file whose trial still runs is taken for a dead process's."""
+        with held(self.folder / at.LOCK):
+            write_json(path, found)
+            _tell(study, trial.number, values)
 
 
 def _tell(study: Any, number: int, values: list[float] | None) -> None:
