@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from exapt.core.file import AdapterFile, fingerprint, read, save
     from exapt.core.merge import merge, merged, unmerge
     from exapt.core.objective import Objective, objective
+    from exapt.core.recompute import recomputed
     from exapt.core.replicate import replicate, unreplicate
     from exapt.core.routing import parallel, routed
     from exapt.core.sites import Site, sites
@@ -48,6 +49,7 @@ _PLACES = {
     "core.file": "AdapterFile fingerprint read save",
     "core.merge": "merge merged unmerge",
     "core.objective": "Objective objective",
+    "core.recompute": "recomputed",
     "core.replicate": "replicate unreplicate",
     "core.routing": "parallel routed",
     "core.sites": "Site sites",
@@ -128,7 +130,7 @@ __all__ = [
     "Site", "SubsetMethod", "Taps", "TokenMethod", "WeightMethod", "Whole", "activate", "adapters", "after_step", "attach",
     "calibrate", "component", "components", "detach", "disabled", "export", "fingerprint", "frozen", "load", "merge", "merged", "method",
     "methods", "objective", "online",
-    "parallel", "parameter_count", "penalty", "read", "register", "replicate",
+    "parallel", "parameter_count", "penalty", "read", "recomputed", "register", "replicate",
     "routed", "save", "seeded", "sites", "start_from", "trainable", "unmerge",
     "unreplicate", "using",
 ]  # fmt: skip

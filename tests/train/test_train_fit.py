@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -30,7 +31,6 @@ from exapt.train import (
     predict,
 )
 from exapt.train.loop import rate
-from exapt.train.strategy import recomputed
 
 LABELS = ("bad", "good")
 QUIET: dict[str, Any] = {"progress": False}
@@ -213,7 +213,7 @@ def test_recomputed_blocks_give_equal_gradients(kind: str) -> None:
         hook = next(m for m in block.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *a: calls.append(1))
         model.train()
         torch.manual_seed(1)  # dropout
-        with recomputed(model, wanted):
+        with exapt.recomputed(model, wanted):
             y = model(x)
             (y if isinstance(y, Tensor) else y.logits).square().sum().backward()
         hook.remove()
@@ -228,6 +228,49 @@ def test_recomputed_blocks_give_equal_gradients(kind: str) -> None:
     same(plain, again)
     assert classes == {n: type(m) for n, m in model.named_modules()}
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("key", ["lora", "prefix_tuning"])
+def test_recomputing_leaves_a_causal_models_cache_alone(key: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    model = exapt.attach(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), exapt.method(key), seed=0)
+    parameters = exapt.trainable(model)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(0.1)
+    x = torch.randint(3, 40, (3, 6))
+    mask = torch.tensor([[0] * n + [1] * (6 - n) for n in (0, 2, 3)])  # padding in front: what the cache would hold twice is not masked
+    found = []
+    for wanted in (False, True):
+        with exapt.recomputed(model.train(), wanted):
+            loss = model(input_ids=x, attention_mask=mask, labels=x).loss
+            found.append(dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)))
+    same(*found)
+
+
+def test_a_foreign_checkpoint_is_refused_where_sites_pass_something_on() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = model_of("text")
+    exapt.attach(model, exapt.method("connected_adapter"))
+    first, second = (functools.partial(type(b).forward, b) for b in model.layers)
+    for b, forward in zip(model.layers, (first, second), strict=True):
+        b.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    y = model(torch.randint(3, 40, (4, 6)))
+    with pytest.raises(exapt.InputError, match=r"use exapt\.recomputed"):
+        y.sum().backward()
+
+
+def test_recomputing_serves_sites_that_run_in_another_order_than_they_are_listed() -> None:
+    model = model_of("text")
+    exapt.attach(model, exapt.method("stream_adapter"))
+    model.layers = nn.ModuleList(reversed(model.layers))
+    with exapt.recomputed(model.train()):
+        model(torch.randint(3, 40, (4, 6))).sum().backward()
+    assert all(p.grad is not None for p in exapt.trainable(model).values())
 
 
 def test_checkpointing_trains_the_same() -> None:

@@ -108,7 +108,7 @@ class Slots(nn.Module):
         return self.value(module, name, self.chain.inner + entries)
 
     def of(self, name: str) -> Sequence[Entry]:
-        """The entries of one adapter, without a walk over the others: they are only ever appended, or given as a new list."""
+        """The entries of one adapter, without a walk over the others: they are appended, and who takes any out keeps the index up."""
         entries, count, found = self.named
         if entries is not self.entries or count != len(entries):
             if entries is not self.entries:
@@ -179,6 +179,11 @@ def activation(e: Entry, x: Tensor, h: Tensor) -> Tensor:
     carries = isinstance(e.method, ActivationMethod) and e.method.carries
     if carries:
         notes = e.carried()
+        if e.position and not notes and not cast(Any, e.state).again and torch._C._current_graph_task_id() != -1:  # a backward pass
+            raise InputError(
+                f"{e.site_name}: {e.method.key} passes something on from site to site, which a block that runs again in backward does not find; "
+                "use exapt.recomputed(model) (train.checkpointing) in place of the model's own checkpointing"
+            )
         p["carried"] = tuple(notes.values())  # type: ignore[assignment]
     if e.axis == -1:
         y = e.method.apply(p, x, h)

@@ -24,6 +24,7 @@ from exapt.core.entry import usable
 from exapt.core.errors import InputError
 from exapt.core.file import save, write_aside
 from exapt.core.objective import Objective
+from exapt.core.recompute import recomputed
 from exapt.core.registry import method as method_of
 from exapt.core.sites import choose, sites
 from exapt.core.slots import slots_of
@@ -38,7 +39,7 @@ from exapt.train.heads import Classifier, head_places, headless, to_device
 from exapt.train.loop import Loop, observed, optimiser
 from exapt.train.memory import Peak
 from exapt.train.metrics import bootstrap as interval_of
-from exapt.train.strategy import fabric_of, recomputed, to_bfloat16, world_of
+from exapt.train.strategy import fabric_of, to_bfloat16, world_of
 from exapt.train.task import Task
 from exapt.train.values import Custom
 

@@ -1,16 +1,12 @@
-"""Where and how a model runs: Fabric, its processes, sharding, precision, recomputation, training mode."""
+"""Where and how a model runs: Fabric, its processes, sharding, precision, training mode."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from exapt.core.errors import InputError
 from exapt.core.layers import is_quantised
@@ -105,34 +101,6 @@ def training_mode(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, _BATCH_NORMS):
                 module.eval()
-
-
-@contextlib.contextmanager
-def recomputed(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Within the block, the model's blocks keep only their inputs in training and run again in backward.
-
-    The classes stay as they are: the instance gets a ``forward`` that hands over to its class's. Blocks under a side
-    network (no backward), and blocks whose batch norms are in training mode (they would count a batch twice), run as ever.
-    """
-    blocks = [model.get_submodule(n) for n, role in roles(model).items() if role == "block"] if wanted else []
-    if wanted and not blocks:
-        raise InputError("train.checkpointing recomputes blocks, and no blocks were found in this model; turn it off")
-    for block in blocks:
-        block.__dict__["forward"] = functools.partial(_recompute, block)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
-
-
-def _recompute(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward = functools.partial(type(block).forward, block)
-    slots: Any = block._modules.get("exapt")
-    plain = not block.training or not torch.is_grad_enabled() or (slots is not None and slots.chain.sides)
-    if plain or any(isinstance(m, _BATCH_NORMS) and m.training for m in block.modules()):
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def world_of() -> tuple[int, int]:
