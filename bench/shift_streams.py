@@ -38,7 +38,7 @@ ROWS, SORTED, BATCH = 60, 300, 30
 STREAMS = ("iid", "label sorted", "one by one", "mixed", "cyclic", "long", "dirichlet")
 METHODS = {
     "norm": exapt.BatchStatistics, "tent": exapt.Tent, "eata": exapt.EATA, "sar": exapt.SAR, "rdumb": exapt.RDumb, "rotta": exapt.RoTTA,
-    "t3a": exapt.T3A, "lame": exapt.OnlineLAME,
+    "t3a": exapt.T3A, "lame": exapt.OnlineLAME, "oasis": exapt.OASIS,
 }  # fmt: skip
 
 

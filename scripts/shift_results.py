@@ -100,7 +100,7 @@ def estimates(found: dict[str, Any]) -> Iterator[str]:
     yield "## Accuracy without labels"
     yield ""
     yield "Mean absolute error over real shifts (review domains, sentence corpora, digits, message priors, image corruptions), against average confidence on"
-    yield f"the same batches; the interval is of that difference. Up to {len(found['seeds'])} seeds, not as many of every model: {found['cells']} cells."
+    yield f"the same batches; the interval is of that difference. {found['cells']} cells, each a model on a seed of {len(found['seeds'])}."
     yield ""
     body = []
     for name, e in sorted(found["estimators"].items(), key=lambda item: item[1]["error"]):

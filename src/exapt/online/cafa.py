@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from exapt.core.components import component
 from exapt.core.errors import InputError
+from exapt.core.gaussians import class_gaussians, mahalanobis
 from exapt.online.method import Batch, Host, Space, TestTime, norms, stepped
 
 
@@ -52,25 +53,13 @@ class CAFA(TestTime):
         y = torch.cat([y.flatten() for _, y in passes if y is not None]).to(h.device)
         if len(h) != len(y):
             raise InputError(f"CAFA needs one label for every prediction of the reference; there are {len(y)} for {len(h)}")
-        classes, d = passes[0][0].logits.shape[1], h.shape[1]
-        counts = torch.bincount(y, minlength=classes)
-        if int((counts > 1).sum()) == 0 or int((counts > 0).sum()) < 2:
-            raise InputError("CAFA needs a reference of two classes at least, one of them with two rows")
-        mean, cov = torch.zeros(classes, d, dtype=h.dtype, device=h.device), torch.zeros(classes, d, d, dtype=h.dtype, device=h.device)
-        for c in range(classes):
-            if counts[c]:
-                mean[c] = h[y == c].mean(0)
-                cov[c] = torch.cov(h[y == c].T, correction=0).view(d, d)
-        cov[counts < 2] = cov[counts > 1].mean(0)
-        size = cov.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-        cov = cov + self.ridge * size[:, None, None] * torch.eye(d, dtype=h.dtype, device=h.device)
-        host.keep("gaussians", {"mean": mean.float(), "precision": torch.linalg.inv(cov).float(), "seen": counts > 0})
+        g = class_gaussians(h, y, passes[0][0].logits.shape[1], self.ridge, "CAFA needs a reference")
+        host.keep("gaussians", {"mean": g.mean.float(), "precision": g.precision.float(), "seen": g.seen})
 
     def step(self, host: Host, batch: Batch) -> Tensor:
         seen = host.run(batch, grad=True)
         g = host.kept("gaussians")
-        away = seen.h.float()[:, None] - g["mean"]
-        distances = torch.einsum("ncd,cde,nce->nc", away, g["precision"], away).clamp(min=1e-12)
+        distances = mahalanobis(seen.h.float(), g["mean"], g["precision"]).clamp(min=1e-12)
         label = seen.logits.argmax(-1)
         rows = g["seen"][label].nonzero()[:, 0]
         host.notes |= {"pass": seen, "used": 0}

@@ -16,7 +16,8 @@ from exapt.online.teacher import average, restore, taught
 
 
 def _wide(rank: int) -> Callable[[Any], bool]:
-    return lambda site: site.layer is not None and site.role not in ("norm", "embedding", "head") and len(site.shape) == 2 and min(site.shape) >= rank
+    skipped = ("norm", "embedding", "head")
+    return lambda site: site.layer is not None and site.role.partition(".")[0] not in skipped and len(site.shape) == 2 and min(site.shape) >= rank
 
 
 @component("vida", kind="test-time", paper="ViDA: Homeostatic Visual Domain Adapter for Continual Test Time Adaptation", oracle="torch by hand")
