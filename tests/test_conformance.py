@@ -16,6 +16,7 @@ from torch import nn
 import exapt
 from exapt.core.contract import Method, SubsetMethod, WeightMethod, as_dict
 from exapt.core.registry import from_dict
+from exapt.core.roles import roles
 from exapt.core.slots import slots_of
 
 METHODS = list(exapt.methods().values())
@@ -274,6 +275,32 @@ def test_train_and_eval_mean_the_same(cls: type[Method]) -> None:
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.eval()  # torch's own batch norms do change
         assert torch.equal(call(model, x), quiet)
+
+
+def test_recomputed_activations_give_the_same_gradients(cls: type[Method]) -> None:
+    """Activation checkpointing: blocks run again in backward, even after another call."""
+    model, x, _ = prepared(cls)
+    perturb(model)
+    parameters = exapt.trainable(model)
+    if not parameters:
+        pytest.skip("nothing to train")
+    if "block" not in roles(model).values():
+        pytest.skip("a model without blocks")
+    other = x.flip(0, 1)
+    found = []
+    for wanted in (False, True):
+        model.train()
+        torch.manual_seed(3)
+        with exapt.recomputed(model, wanted):
+            y = call(model, x)
+            with torch.no_grad():
+                call(model, other)
+            grads = torch.autograd.grad(y.square().sum(), list(parameters.values()), allow_unused=True)
+        found.append(dict(zip(parameters, grads, strict=True)))
+    for n, g in found[0].items():
+        assert (g is None) == (found[1][n] is None)
+        if g is not None:
+            torch.testing.assert_close(found[1][n], g, rtol=1e-4, atol=1e-6, msg=n)
 
 
 def test_quantised_base(cls: type[Method]) -> None:

@@ -98,6 +98,32 @@ def test_unbatched_convolution_input() -> None:
     check(layer.double(), x.double(), exapt.LoRA(rank=2))
 
 
+@pytest.mark.parametrize("key", ["lora", "hra", "ether", "ether_plus"])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_changes_of_low_rank_on_convolutions(key: str, kind: type[nn.Module], rows: int) -> None:
+    """Values, gradients and memory format are those of the layer with the merged weight, whatever the order of the input's memory."""
+    fields = {} if key.startswith("ether") else {"rank": 2}
+    layer = kind(4, 6, 2).double()
+    dims = layer.weight.dim() - 2
+    exapt.attach(layer, exapt.method(key, **fields), "all")
+    with torch.no_grad():
+        for p in exapt.trainable(layer).values():
+            p.normal_(std=0.3)
+    x = torch.randn(rows, 4, *(5, 6, 4)[:dims], dtype=torch.double)
+    inputs = [x] if dims != 2 else [x, x.to(memory_format=torch.channels_last)]
+    for batch in inputs:
+        batch.requires_grad_()
+        y = layer(batch)
+        (slope,) = torch.autograd.grad(y.square().sum(), batch)
+        exapt.merge(layer)
+        expected = layer(batch)
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(slope, torch.autograd.grad(expected.square().sum(), batch)[0])
+        exapt.unmerge(layer)
+
+
 def test_linear_embedding_and_keyword_call() -> None:
     check(nn.Linear(5, 3).double(), torch.randn(2, 4, 5, dtype=torch.double), exapt.LoRA(rank=2))
     check(nn.Embedding(7, 4, padding_idx=1).double(), torch.tensor([[0, 1, 6]]), exapt.LoRA(rank=2))

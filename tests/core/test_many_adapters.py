@@ -335,6 +335,28 @@ def test_what_is_kept_of_frozen_tensors() -> None:
     assert not copy.deepcopy(slots).kept
 
 
+def test_what_two_makers_keep_of_one_weight() -> None:
+    module = exapt.attach(nn.Sequential(nn.Linear(4, 3)), exapt.LoRA(rank=2), where="all")[0]
+    base = Base(module, module.exapt, (), ((), {}))
+    rows, all_of_it = kept(base, lambda: base.weight.sum(1)), kept(base, lambda: base.weight.sum())
+    assert rows.shape == (3,)
+    assert all_of_it.shape == ()
+
+
+def test_the_norms_of_a_base_that_changes_under_dora_while_it_trains() -> None:
+    model = exapt.attach(nn.Sequential(nn.Linear(4, 3)), exapt.DoRA(rank=2), where="all").train()
+    x, other = torch.randn(5, 4), nn.Linear(4, 3).state_dict()
+    with torch.no_grad():
+        for p in exapt.trainable(model).values():
+            p.normal_()
+    for change in (lambda: None, lambda: model[0].load_state_dict(other, strict=False), lambda: setattr(model[0].weight, "data", model[0].weight.data * 2)):
+        change()
+        y = model(x)
+        exapt.merge(model)
+        torch.testing.assert_close(y, model(x))
+        exapt.unmerge(model)
+
+
 def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None:
     model, rows, x = mixed(Transformer(), ["r2", "r5"]).eval(), ["r2", "r5"], inputs_of("text", 2)
     for a in state_of(model).adapters.values():

@@ -18,7 +18,7 @@ from exapt.core.errors import InputError, did_you_mean
 from exapt.core.layers import walk
 from exapt.core.removal import remove as remove
 from exapt.core.replicate import replica_of, replication
-from exapt.core.sites import Site, Sites, Where, choose, sites, with_statistics
+from exapt.core.sites import Site, Sites, Where, choose, site_of, sites, with_statistics
 from exapt.core.state import Adapter, State, activate, slots_at, start, state_of
 
 Rules = Mapping[Any, Method]
@@ -117,7 +117,8 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 def _plan(model: nn.Module, rules: Sequence[tuple[Any, Method]], statistics: Statistics | None) -> list[tuple[Method, Sites]]:
     """Chooses the sites of every rule and checks them, before anything is changed."""
-    found = Sites(with_statistics(s, statistics) for s in sites(model))
+    whole = all((m.where if where is None else where) in ("model", "") for where, m in rules)  # then no other site need be told
+    found = Sites(with_statistics(s, statistics) for s in ([site_of(model)] if whole else sites(model)))
     taken: set[tuple[str, str]] = set()
     plan = []
     for where, method in rules:

@@ -70,7 +70,7 @@ class Base:
         inner = x if low_rank_x is None else low_rank_x
         if self.slots.layer.kind in ("linear", "conv1d_hf") and y.is_contiguous():
             return LowRank.apply(y, inner.to(y.dtype), A, B, scale)  # type: ignore[no-untyped-call]
-        return y + scale * self.out(B.to(y.dtype), self.apply(A.to(y.dtype), inner))
+        return self.slots.layer.plus(y, B.to(y.dtype), self.apply(A.to(y.dtype), inner), scale)
 
     def plus(self, x: Tensor, h: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """Returns ``base(x) + scale * (B h)`` for a small ``h`` that the method made itself.
@@ -82,7 +82,7 @@ class Base:
             scale: A number, or a vector (d_out,) over the features.
         """
         if not self._plain_linear(x):
-            return self._added(self(x), h, B, scale)
+            return self.added(self(x), h, B, scale)
         W, bias = cast(Tensor, self.module._parameters["weight"]), self.module._parameters["bias"]
         if isinstance(scale, Tensor):
             given = x, W, bias, self.out(B.to(h.dtype), h), scale
@@ -91,10 +91,11 @@ class Base:
             return LinearPlus.apply(x, W, bias, h, B, scale)  # type: ignore[no-untyped-call]
         return LinearPlus.forward(None, x, W, bias, h, B, scale)
 
-    def _added(self, y: Tensor, h: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-        """``y + scale * (B h)``."""
-        update = self.out(B.to(y.dtype), h.to(y.dtype))
-        return y + (self.scale(scale.to(y.dtype), update) if isinstance(scale, Tensor) else scale * update)
+    def added(self, y: Tensor, h: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Returns ``y + scale * (B h)`` in the type of ``y``, for a ``y`` that the method made itself; see :meth:`plus`."""
+        if isinstance(scale, Tensor):
+            return y + self.scale(scale.to(y.dtype), self.out(B.to(y.dtype), h.to(y.dtype)))
+        return self.slots.layer.plus(y, B.to(y.dtype), h.to(y.dtype), scale)
 
     def sparse(self, x: Tensor, values: Tensor, index: Tensor, scale: float = 1.0, seen: Callable[[Tensor], None] | None = None) -> Tensor:
         """Runs the layer with ``scale * values`` added to the matrix at the flat places ``index``, keeping no changed matrix for backward.

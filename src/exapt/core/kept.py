@@ -15,8 +15,8 @@ MOST = 64
 """What a module keeps."""
 
 
-class Kept(dict[tuple[int, ...], tuple[tuple[tuple[int, Tensor], ...], Tensor]]):
-    """By the tensors' identities: their versions, and what was made. A copy of the model, or a pickle, begins without."""
+class Kept(dict[tuple[Any, ...], tuple[tuple[tuple[int, Tensor], ...], Tensor]]):
+    """By the maker's code and the tensors' identities: their versions, and what was made. A copy of the model, or a pickle, begins without."""
 
     def __deepcopy__(self, memo: Any) -> Kept:
         return Kept()
@@ -33,7 +33,7 @@ def kept(base: Base, make: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
 
     Args:
         base: The layer.
-        make: Makes the value.
+        make: Makes the value; a function or a lambda, told from others by its code.
         tensors: The method's tensors that it is made from, as they are in ``p``.
     """
     slots, stored = base.slots, base.module._parameters["weight"]
@@ -42,7 +42,7 @@ def kept(base: Base, make: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
     own = (*tensors, stored)
     if any(t.requires_grad or t.is_inference() or hasattr(t, "full_tensor") for t in own):
         return make()
-    key = tuple(map(id, own))
+    key = make.__code__, *map(id, own)  # type: ignore[attr-defined]
     found = slots.kept.get(key)
     if found is not None and all(t._version == version and t.data_ptr() == old.data_ptr() for t, (version, old) in zip(own, found[0], strict=True)):
         return found[1]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,6 +80,10 @@ class Layer:
             return F.linear(h, matrix)
         return F.linear(h.movedim(self.axis, -1), matrix).movedim(-1, self.axis)
 
+    def plus(self, y: Tensor, matrix: Tensor, h: Tensor, scale: float) -> Tensor:
+        """``y + scale * out(matrix, h)``."""
+        return y + scale * self.out(matrix, h)
+
     def scale(self, v: Tensor, h: Tensor) -> Tensor:
         """Multiplies the feature axis of ``h`` by the vector ``v``."""
         return h * v.reshape(v.shape + (1,) * (-1 - self.axis))
@@ -98,6 +103,11 @@ class Linear(Layer):
 
     def apply(self, module: Any, x: Tensor, matrix: Tensor, *rest: Any, **named: Any) -> Tensor:
         return F.linear(x, matrix)
+
+    def plus(self, y: Tensor, matrix: Tensor, h: Tensor, scale: float) -> Tensor:
+        if not (y.is_contiguous() and _keeps_type(y)):
+            return super().plus(y, matrix, h, scale)
+        return torch.addmm(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), matrix.T, alpha=scale).view(y.shape)
 
 
 class TransposedLinear(Linear):
@@ -146,6 +156,16 @@ class Conv(Layer):
     def apply(self, module: Any, x: Tensor, matrix: Tensor, *rest: Any, **named: Any) -> Tensor:
         return module._conv_forward(x, matrix.reshape(-1, *self.stored[1:]), None)
 
+    def out(self, matrix: Tensor, h: Tensor) -> Tensor:
+        if not h.is_contiguous():  # channels last: the product over the last axis is the quick one
+            return super().out(matrix, h)
+        return torch.matmul(matrix, h.flatten(self.axis + 1)).view(*h.shape[: self.axis], len(matrix), *h.shape[self.axis + 1 :])
+
+    def plus(self, y: Tensor, matrix: Tensor, h: Tensor, scale: float) -> Tensor:
+        if h.dim() != 1 - self.axis or not (h.is_contiguous() and y.is_contiguous() and _keeps_type(y)):
+            return super().plus(y, matrix, h, scale)
+        return torch.baddbmm(y.flatten(2), matrix.expand(len(h), -1, -1), h.flatten(2), alpha=scale).view(y.shape)
+
 
 class ConvTransposed(Conv):
     """Transposed convolution; stored (in, out / groups, kernel), matrix (out, in / groups x kernel)."""
@@ -184,6 +204,12 @@ class Stacked(Layer):
 
     def from_matrix(self, w: Tensor) -> Tensor:
         return w.transpose(-1, -2) if self.turned else w
+
+
+def _keeps_type(y: Tensor) -> bool:
+    """Whether a product added to ``y`` is of its type, which under autocast it need not be."""
+    kind = y.device.type
+    return not torch.is_autocast_enabled(kind) or y.dtype == torch.get_autocast_dtype(kind)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -17,7 +17,7 @@ from exapt.core.layers import is_quantised, walk
 from exapt.core.roles import is_leaf
 from exapt.core.sites import Site, Sites, sites
 from exapt.core.slots import Slots
-from exapt.core.state import Adapter, activate, adapters, start, state_of
+from exapt.core.state import Adapter, activate, holds, start, state_of
 
 _RECORD = "_exapt_merged"
 
@@ -190,7 +190,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if record.originals is None:
         raise InputError("the model was merged with undo=False, which keeps no originals; load the base again")
     for n in record.names:
-        if n in adapters(model):
+        if holds(model, n):
             raise InputError(f'an adapter "{n}" was attached since the merge; detach it, so that the merged one can return')
     modules = dict(walk(model))
     for path, value in record.originals.items():
@@ -203,5 +203,5 @@ def unmerge(model: nn.Module) -> nn.Module:
             state = start(model, adapter.name)
             hang(model, state, adapter.name, [(m, Sites(found[w] for w in where)) for m, where in adapter.rules], _Kept(tensors))
             state.adapters[adapter.name] = adapter
-    activate(model, *(n for n in record.active if n in adapters(model)))  # others may have been detached since
+    activate(model, *(n for n in record.active if holds(model, n)))  # others may have been detached since
     return model

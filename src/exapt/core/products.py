@@ -137,3 +137,14 @@ def _with_entries(W: Tensor, values: Tensor, index: Tensor, scale: float) -> Ten
 def _outer(h: Tensor, dy: Tensor, scale: float) -> Tensor:
     """``scale * dy^T h``, (d_out, r), as the transpose of a product with long rows, which is twice as fast."""
     return ((h.T @ dy) * scale).T
+
+
+def plus_product(w: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """``W + s L R`` in one pass over the matrix: computed in the wider of the types, returned in that of ``w``.
+
+    >>> plus_product(torch.eye(2), torch.ones(2, 1), torch.ones(1, 2), 0.5)
+    tensor([[1.5000, 0.5000],
+            [0.5000, 1.5000]])
+    """
+    kind = torch.promote_types(w.dtype, left.dtype)
+    return torch.addmm(w.to(kind), left.to(kind), right.to(kind), alpha=scale).to(w.dtype)

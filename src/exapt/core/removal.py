@@ -64,13 +64,13 @@ def _key(slots: Slots, e: Entry) -> str:
 
 
 def _drop(slots: Slots, leaving: Sequence[Entry]) -> None:
-    """Takes entries off a module's list, and off the index of it by adapter, without a look at those of other adapters."""
-    left = slots.entries.copy()
+    """Takes entries off a module's list, and off the index of it by adapter, without a look at those of other adapters.
+
+    In place: a copy of the list would touch every one of them.
+    """
+    entries, index = slots.entries, slots.named[2]
     for e in leaving:
-        del left[next(i for i in range(len(left) - 1, -1, -1) if left[i] is e)]  # by identity, from the end: most often the newest goes
-    index = slots.named[2]
-    for e in leaving:
+        del entries[next(i for i in range(len(entries) - 1, -1, -1) if entries[i] is e)]  # by identity, from the end: most often the newest goes
         index.pop(e.adapter, None)
-    slots.entries = left
-    slots.__dict__["named"] = (left, len(left), index)
+    slots.__dict__["named"] = (entries, len(entries), index)
     slots.chains.clear()

@@ -152,6 +152,11 @@ def sites(model: nn.Module) -> Sites:
     return found
 
 
+def site_of(model: nn.Module) -> Site:
+    """The site that the whole model is: the first of :func:`sites`."""
+    return Site("", model, "", "model", next((x for x in layers_of(model) if x.parameter == "weight"), None))
+
+
 def _holds(module: nn.Module, held: dict[nn.Module, bool]) -> bool:
     """Whether a module or one inside it holds a parameter; each is looked into once."""
     if module not in held:

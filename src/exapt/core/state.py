@@ -44,6 +44,7 @@ class State:
     grad: dict[str, bool] = field(default_factory=dict)
     nested: list[str] = field(default_factory=list)
     asking: set[str] = field(default_factory=set)
+    again: bool = False
     ready: Ready = field(default_factory=Ready)
 
 
@@ -83,12 +84,18 @@ def start(model: nn.Module, name: str) -> State:
     """The model's state, made if need be, after checking that ``name`` can be given to an adapter."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f'adapter name "{name}": use letters, digits, _ and - only')
-    if name in adapters(model):
+    if holds(model, name):
         raise InputError(f'an adapter "{name}" is attached already; give another name= or detach it first')
     state = state_of(model, make=True)
     state.ready.forget()
     state.asking.add(name)  # parameters ask for gradients until they are told not to
     return state
+
+
+def holds(model: nn.Module, name: str) -> bool:
+    """Whether an adapter of that name is attached."""
+    slots = model._modules.get("exapt")
+    return isinstance(slots, Slots) and name in slots.state.adapters
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:

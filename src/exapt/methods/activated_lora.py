@@ -64,8 +64,8 @@ class ActivatedLoRA(ActivationMethod):
         return {"A": a, "B": a.new_zeros(d_out, self.rank)}
 
     def apply(self, p: Tensors, x: Tensor, h: Tensor) -> Tensor:
-        update = F.linear(F.linear(x.to(h.dtype), p["A"]), p["B"])
-        return h + self.factor * self._active(p["call.input_ids"], h)[..., None] * update
+        inner = F.linear(x.to(h.dtype), p["A"]) * (self.factor * self._active(p["call.input_ids"], h))[..., None]  # masked while it is narrow
+        return torch.addmm(h.reshape(-1, h.shape[-1]), inner.reshape(-1, self.rank), p["B"].T).view(h.shape)
 
     def _active(self, ids: Tensor, h: Tensor) -> Tensor:
         """One where the update acts, in the shape of ``h`` without its features."""

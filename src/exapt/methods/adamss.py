@@ -11,6 +11,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -121,7 +122,7 @@ class AdaMSS(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._factors(p, w.shape[0])
-        return (w + b @ (a @ p["V"])).to(w.dtype)
+        return plus_product(w, b, a @ p["V"])
 
     def bias(self, p: Tensors, b: Tensor) -> Tensor:
         if "v" not in p:

@@ -10,6 +10,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_rank
 from exapt.core.contract import Restarts, Tensors, WeightMethod, frozen, seeded
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -75,7 +76,7 @@ class COLA(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._links(p)
-        return (w + self.factor * (b @ a)).to(w.dtype)
+        return plus_product(w, b, a, self.factor)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         a, b = self._links(p)

@@ -10,6 +10,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -82,7 +83,7 @@ class DEFT(WeightMethod):
         q, v = self._sides(p["P"])
         removed = v.T @ w.to(q.dtype)
         new = -removed if self.para else self.factor(w.shape[0]) * p["R"] - removed
-        return (w + q @ new).to(w.dtype)
+        return plus_product(w, q, new)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         y = base(x)
@@ -92,7 +93,7 @@ class DEFT(WeightMethod):
         if not self.para:
             inner = F.dropout(x, self.dropout, base.training) if self.dropout and x.is_floating_point() else x
             change = change + self.factor(q.shape[0]) * base.apply(p["R"].to(y.dtype), inner)
-        return y + base.out(q, change)
+        return base.added(y, change, q)
 
     def needs_forward(self) -> bool:
         return self.dropout > 0

@@ -9,6 +9,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -66,7 +67,7 @@ class DeLoRA(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._factors(p)
-        return (w + b @ a).to(w.dtype)
+        return plus_product(w, b, a)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return self._factors(p)

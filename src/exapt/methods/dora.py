@@ -75,7 +75,7 @@ class DoRA(WeightMethod):
         return (gain[:, None] * v).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        gain = kept(base, lambda: p["m"] / self._norm(p, base.weight), p["A"], p["B"], p["m"])
+        gain = kept(base, lambda: p["m"] / self._norm(p, base), p["A"], p["B"], p["m"])
         y = base.low_rank(x, p["A"], p["B"], self.factor, biased=False)  # the bias is not scaled
         if base.bias is None:
             return base.scale(gain.to(y.dtype), y)
@@ -84,10 +84,10 @@ class DoRA(WeightMethod):
         return base.scale(gain.to(y.dtype), y) + base.scale(base.bias.to(y.dtype), y.new_ones(()))
 
     @torch.no_grad()
-    def _norm(self, p: Tensors, w: Tensor) -> Tensor:
+    def _norm(self, p: Tensors, base: Base) -> Tensor:
         """Norms of the rows of ``W + s B A``, without forming it."""
-        A, B, s = p["A"], p["B"], self.factor
-        own = torch.linalg.vector_norm(w, dim=1, dtype=_wide(w)).square()
+        A, B, s, w = p["A"], p["B"], self.factor, base.weight
+        own = kept(base, lambda: torch.linalg.vector_norm(w, dim=1, dtype=_wide(w)).square())
         cross = (w @ A.T.to(w.dtype)).to(B.dtype)
         update = B @ (A @ A.T)
         return _no_zero((own + (2 * s * cross + s**2 * update).mul(B).sum(1)).clamp(min=0).sqrt())

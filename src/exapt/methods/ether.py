@@ -44,7 +44,6 @@ class ETHER(WeightMethod):
     equation = r"W' = W\,(I - 2 \hat u \hat u^\top)"
     golden = "NumPy"
     full_precision = True
-    fast_kinds = ("linear", "conv1d_hf")
     exceptions: ClassVar = {"identity": "a reflection is at a constant distance from the identity; ETHER+ starts at the base model"}
 
     blocks: int = 1
@@ -60,12 +59,17 @@ class ETHER(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         u = p["u"] / p["u"].norm(dim=1, keepdim=True)
-        h = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) - 2 * u[:, :, None] * u[:, None, :]
-        parts = w.to(u.dtype).reshape(w.shape[0], *u.shape)
-        return torch.einsum("oni,nij->onj", parts, h).flatten(1).to(w.dtype)
+        return _reflected(w.to(u.dtype), u).to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        u = (p["u"] / p["u"].norm(dim=1, keepdim=True)).to(x.dtype)
-        parts = x.unflatten(-1, u.shape)
-        along = torch.linalg.vecdot(parts, u)[..., None]
-        return base((parts - 2 * along * u).flatten(-2))
+        u = p["u"] / p["u"].norm(dim=1, keepdim=True)
+        if base.kind in ("linear", "conv1d_hf"):
+            return base(_reflected(x, u.to(x.dtype)))
+        along = torch.linalg.vecdot(base.weight.to(u.dtype).unflatten(-1, u.shape), u)  # a convolution's inputs overlap: its matrix changes by rank n
+        return base.low_rank(x, torch.block_diag(*u), along, scale=-2.0)
+
+
+def _reflected(x: Tensor, u: Tensor) -> Tensor:
+    """The rows of ``x`` (..., n b) reflected block by block at ``u`` (n, b)."""
+    parts = x.unflatten(-1, u.shape)
+    return (parts - 2 * torch.linalg.vecdot(parts, u)[..., None] * u).flatten(-2)

@@ -45,8 +45,6 @@ class ETHERPlus(WeightMethod):
     equation = r"W' = (I - \hat u' \hat u'^\top + \hat v' \hat v'^\top)\, W\, (I - \hat u \hat u^\top + \hat v \hat v^\top)"
     golden = "NumPy"
     full_precision = True
-    fast_kinds = ("linear", "conv1d_hf")
-
     blocks: int = 1
     two_sided: bool = True
 
@@ -72,13 +70,30 @@ class ETHERPlus(WeightMethod):
         return turned.to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
-        y = base(_interact(x, p["u"], p["v"]))
-        if not self.two_sided:
-            return y
-        if base.bias is None:
-            return _interact(y, p["u_out"], p["v_out"])
-        b = base.bias.to(y.dtype)  # it is not transformed
-        return _interact(y - b, p["u_out"], p["v_out"]) + b
+        if base.kind in ("linear", "conv1d_hf"):
+            y = base(_interact(x, p["u"], p["v"]))
+            if not self.two_sided:
+                return y
+            if base.bias is None:
+                return _interact(y, p["u_out"], p["v_out"])
+            b = base.bias.to(y.dtype)  # it is not transformed
+            return _interact(y - b, p["u_out"], p["v_out"]) + b
+        return self._convolved(p, x, base)
+
+    def _convolved(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
+        """The same where inputs overlap: both sides are changes of rank 2 n."""
+        down, up = _factors(p["u"], p["v"])
+        y = base.low_rank(x, down, base.weight.to(up.dtype) @ up, biased=False)
+        if self.two_sided:
+            down, up = (t.to(y.dtype) for t in _factors(p["u_out"], p["v_out"]))
+            y = y + base.out(up, base.out(down, y))
+        return y if base.bias is None else y + base.scale(base.bias.to(y.dtype), y.new_ones(()))
+
+
+def _factors(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``D`` (2 n, n b) and ``U`` (n b, 2 n) such that :func:`_interact` multiplies by ``I + U D``."""
+    u, v = (torch.block_diag(*(t / t.norm(dim=1, keepdim=True))) for t in (u, v))
+    return torch.cat([u, v]), torch.cat([-u, v]).T
 
 
 def _interact(x: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -84,7 +85,7 @@ class EVA(WeightMethod):
         return {"A": a, "B": a.new_zeros(site.shape[0], len(a))} if len(a) else {}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + self._factor(p) * p["B"] @ p["A"]).to(w.dtype) if "A" in p else w
+        return plus_product(w, p["B"], p["A"], self._factor(p)) if "A" in p else w
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         return (p["A"], self._factor(p) * p["B"]) if "A" in p else None

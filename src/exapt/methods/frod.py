@@ -12,6 +12,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -98,7 +99,7 @@ class FRoD(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         u, v, change, index = _factors(p)
-        return (w + u @ _middle(v.T, change, p["s"], index)).to(w.dtype)
+        return plus_product(w, u, _middle(v.T, change, p["s"], index))
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         (d_out, d_in), rows = base.shape, x.numel() // x.shape[-1]

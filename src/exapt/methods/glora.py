@@ -11,6 +11,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_rank
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -90,9 +91,9 @@ class GLoRA(WeightMethod):
         return p
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        a, b = _support(p, "A"), _support(p, "B")
-        w = w if a is None else w + w * a
-        return w if b is None else w + b
+        a = _support(p, "A")
+        w = w if a is None else torch.addcmul(w, w, a)
+        return plus_product(w, p["B_d"], p["B_u"]) if "B_d" in p else w + p["B"] if "B" in p else w
 
     def bias(self, p: Tensors, b: Tensor) -> Tensor:
         c, d, e = (_support(p, name) for name in "CDE")

@@ -48,8 +48,6 @@ class HRA(WeightMethod):
     equation = r"W' = W \prod_{i=1}^r (I - 2 \hat u_i \hat u_i^\top)"
     golden = "PEFT"
     full_precision = True
-    fast_kinds = ("linear", "conv1d_hf")
-
     rank: int = 8
     apply_GS: bool = False
     orthogonality: float = 0.0
@@ -72,16 +70,17 @@ class HRA(WeightMethod):
         return turned.to(w.dtype)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
+        u = _orthonormal(p["u"]) if self.apply_GS else p["u"] / p["u"].norm(dim=0)
+        if base.kind in ("linear", "conv1d_hf"):  # the base multiplies by W' = W (I - U T U^T), so the row x becomes x (I - U T^T U^T)
+            return base(x - (x @ self._turned(u, transposed=True).to(x.dtype)) @ u.T.to(x.dtype))
+        return base.low_rank(x, u.T, base.weight.to(u.dtype) @ self._turned(u), scale=-1.0)  # a convolution's inputs overlap
+
+    def _turned(self, u: Tensor, transposed: bool = False) -> Tensor:
+        """``U T``, or with T's transpose."""
         if self.apply_GS:
-            u = _orthonormal(p["u"])
-            inner = 2 * u
-        else:
-            u = p["u"] / p["u"].norm(dim=0)
-            half = torch.full((u.shape[1],), 0.5, dtype=u.dtype, device=u.device)
-            inverse = (u.T @ u).triu(1) + torch.diag(half)
-            inner = torch.linalg.solve_triangular(inverse, u.T, upper=True).T  # U T^T
-        # the base multiplies by W' = W (I - U T U^T), so the row x becomes x (I - U T^T U^T)
-        return base(x - (x @ inner.to(x.dtype)) @ u.T.to(x.dtype))
+            return 2 * u
+        inverse = (u.T @ u).triu(1) + torch.diag(torch.full((u.shape[1],), 0.5, dtype=u.dtype, device=u.device))
+        return torch.linalg.solve_triangular(inverse if transposed else inverse.T, u.T, upper=transposed).T
 
     def penalty(self, p: Tensors, w: Tensor) -> Tensor | None:
         if self.orthogonality == 0 or self.apply_GS:

@@ -9,6 +9,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -74,7 +75,8 @@ class KaSA(WeightMethod):
         return self.beta * p["d"].square().sum() + self.gamma * (torch.linalg.matrix_norm(b) + torch.linalg.matrix_norm(a)).sum()
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w - p["B_"] @ p["A_"] + self.alpha / self.rank * (p["B"] * p["d"]) @ p["A"]).to(w.dtype)
+        a, b = self.low_rank(p, (w.shape[0], w.shape[1]))
+        return plus_product(w, b, a)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return torch.cat([p["A"], p["A_"]]), torch.cat([self.alpha / self.rank * p["B"] * p["d"], -p["B_"]], 1)

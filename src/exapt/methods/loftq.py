@@ -139,7 +139,7 @@ class LoftQ(WeightMethod):
 
     def _matrix(self, codes: Tensor, absmax: Tensor, table: Tensor, shape: tuple[int, ...]) -> Tensor:
         """``Q``, from its stored form."""
-        entries = table[codes.int()].view(-1, self.block_size) * absmax[:, None]
+        entries = F.embedding(codes.int(), table).view(-1, self.block_size) * absmax[:, None]
         return entries.flatten()[: shape[0] * shape[1]].view(shape[0], shape[1])
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
@@ -154,5 +154,5 @@ class LoftQ(WeightMethod):
             return base.low_rank(x, p["A"], p["B"], self.factor)
         kind = base.weight.dtype
         y = base.apply(self._matrix(p["codes"], p["absmax"].to(kind), p["table"].to(kind), base.shape), x)
-        y = y + base.out((self.factor * p["B"]).to(y.dtype), base.apply(p["A"].to(y.dtype), x))
+        y = base.added(y, base.apply(p["A"].to(y.dtype), x), p["B"], self.factor)
         return y if base.bias is None else y + base.scale(base.bias.to(y.dtype), y.new_ones(()))

@@ -8,6 +8,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -65,13 +66,13 @@ class LoLDU(WeightMethod):
         return {"z": z, "s": scale if self.train_scale else frozen(scale), **fixed}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + p["L"] * self._change(p) @ p["U"]).to(w.dtype)
+        return plus_product(w, p["L"] * self._change(p), p["U"])
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         # step by step only r features are kept for backward; base.low_rank would keep x
         y = base(x)
         h = base.scale(self._change(p).to(y.dtype), base.apply(p["U"].to(y.dtype), x))
-        return y + base.out(p["L"].to(y.dtype), h)
+        return base.added(y, h, p["L"])
 
     def _change(self, p: Tensors) -> Tensor:
         """The change of the diagonal (rank,)."""

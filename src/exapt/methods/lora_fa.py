@@ -9,6 +9,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.checks import check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -80,7 +81,7 @@ class LoRAFA(WeightMethod):
         return frozen(q if rows > columns else q.T)
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + self.factor * p["B"] @ p["A"]).to(w.dtype)
+        return plus_product(w, p["B"], p["A"], self.factor)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return p["A"], self.factor * p["B"]
@@ -89,4 +90,4 @@ class LoRAFA(WeightMethod):
         if self.train == "A":
             return base.low_rank(x, p["A"], p["B"], self.factor)
         y = base(x)  # base.low_rank would keep x for backward
-        return y + base.out((self.factor * p["B"]).to(y.dtype), base.apply(p["A"].to(y.dtype), x))
+        return base.added(y, base.apply(p["A"].to(y.dtype), x), p["B"], self.factor)

@@ -10,6 +10,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -87,7 +88,7 @@ class LoRASB(WeightMethod):
         return {"R": s[:r].diag(), "A": frozen(vh[:r].contiguous()), "B": frozen(u[:, :r].contiguous())}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + p["B"] @ (p["R"] @ p["A"])).to(w.dtype)
+        return plus_product(w, p["B"], p["R"] @ p["A"])
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return p["R"] @ p["A"], p["B"]
@@ -96,4 +97,4 @@ class LoRASB(WeightMethod):
         # step by step only the r features between A and R are kept for backward; base.low_rank would keep x
         y = base(x)
         h = base.out(p["R"].to(y.dtype), base.apply(p["A"].to(y.dtype), x))
-        return y + base.out(p["B"].to(y.dtype), h)
+        return base.added(y, h, p["B"])

@@ -8,6 +8,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -60,7 +61,7 @@ class MiCA(WeightMethod):
         return {"A": u.new_zeros(self.rank, w.shape[1]), "B": frozen(u[:, -self.rank :])}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + self.factor * p["B"] @ p["A"]).to(w.dtype)
+        return plus_product(w, p["B"], p["A"], self.factor)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return p["A"], self.factor * p["B"]

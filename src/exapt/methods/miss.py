@@ -75,7 +75,10 @@ class MiSS(WeightMethod):
         if self.mode == "bat":
             blocks = w.reshape(d_out // r, r, d_in // r, r)
             return w + (torch.einsum("oaib,obc->oaic", blocks, d) + d[:, :, None]).reshape(w.shape)
-        return w + d.tile(1, d_out // d.shape[1]).T.tile(1, -(-d_in // r))[:, :d_in]
+        rows = _rows(d, d_out)
+        if d_in % r == 0:
+            return (w.unflatten(1, (-1, r)) + rows[:, None]).flatten(1)
+        return w + rows.tile(1, -(-d_in // r))[:, :d_in]
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         (d_out, d_in), r, d = base.shape, self.rank, p["D"]
@@ -84,4 +87,9 @@ class MiSS(WeightMethod):
             sums = whole.unflatten(-1, (-1, r)).sum(-2)
         else:
             sums = base.apply(torch.eye(r, dtype=d.dtype, device=d.device).tile(1, -(-d_in // r))[:, :d_in], x)
-        return base.plus(x, sums, (d if d.shape[1] == d_out else d.tile(1, d_out // d.shape[1])).T)
+        return base.plus(x, sums, _rows(d, d_out))
+
+
+def _rows(d: Tensor, d_out: int) -> Tensor:
+    """What every row of the matrix repeats (d_out, rank)."""
+    return (d if d.shape[1] == d_out else d.tile(1, d_out // d.shape[1])).T

@@ -192,7 +192,7 @@ class _Seen(Base):
         return result
 
     def plus(self, x: Tensor, h: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        return self._added(self.y, h, B, scale) if x is self.x else super().plus(x, h, B, scale)
+        return self.added(self.y, h, B, scale) if x is self.x else super().plus(x, h, B, scale)
 
 
 @register

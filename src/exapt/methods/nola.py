@@ -9,6 +9,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -81,7 +82,7 @@ class NOLA(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._factors(p, w.shape[0])
-        return (w + self.alpha / self.rank * b @ a).to(w.dtype)
+        return plus_product(w, b, a, self.alpha / self.rank)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         a, b = self._factors(p, shape[0])

@@ -11,6 +11,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -90,14 +91,14 @@ class OrthogonalAdaptation(WeightMethod):
         return _basis(self.seed, d_in, index).float()
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + self.scale * p["A"] @ p["B"].T).to(w.dtype)
+        return plus_product(w, p["A"], p["B"].T, self.scale)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return p["B"].T, self.scale * p["A"]
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         y = base(x)  # base.low_rank would keep x for backward
-        return y + base.out((self.scale * p["A"]).to(y.dtype), base.apply(p["B"].T.to(y.dtype), x))
+        return base.added(y, base.apply(p["B"].T.to(y.dtype), x), p["A"], self.scale)
 
 
 def _basis(seed: int, size: int, index: Tensor) -> Tensor:

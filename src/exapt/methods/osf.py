@@ -10,6 +10,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -100,7 +101,7 @@ class OSF(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         u, v = _projected(p)
-        return (w + ((u * p["S"]) @ v - (p["U0"] * p["S0"]) @ p["V0"])).to(w.dtype)
+        return plus_product(plus_product(w, p["U0"] * p["S0"], p["V0"], -1.0), u * p["S"], v)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         y = base(x)

@@ -11,6 +11,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -85,7 +86,7 @@ class PEANuT(WeightMethod):
         return tensors
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + self.scaling * p["B"] @ self._network(p, w)).to(w.dtype)
+        return plus_product(w, p["B"], self._network(p, w), self.scaling)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, self._network(p, base.weight), p["B"], self.scaling)

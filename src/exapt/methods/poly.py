@@ -10,6 +10,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_divides, check_rank, check_tasks
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -95,7 +96,7 @@ class Poly(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._factors(p, p["Z"][0])
-        return w + (a @ b).T / self.rank
+        return plus_product(w, b.T, a.T, 1 / self.rank)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         drawn = base.training and self.relaxed
@@ -108,8 +109,8 @@ class Poly(WeightMethod):
             logits = logits + torch.rand_like(logits).clamp(least, 1 - least).logit()
         a, b = self._factors(p, logits)
         y = base(x)
-        update = x.to(y.dtype).reshape(len(x), -1, x.shape[-1]) @ a @ b
-        return torch.add(y, update.view(y.shape), alpha=1 / self.rank)
+        h = x.to(y.dtype).reshape(len(x), -1, x.shape[-1]) @ a
+        return torch.baddbmm(y.reshape(len(x), -1, y.shape[-1]), h, b, alpha=1 / self.rank).view(y.shape)
 
     def _tasks(self, p: Tensors, x: Tensor) -> Tensor:
         """The task of each row (rows,)."""

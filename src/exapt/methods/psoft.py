@@ -11,6 +11,7 @@ from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
 from exapt.core.orthogonal import cayley, skew
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -106,7 +107,7 @@ class PSOFT(WeightMethod):
         return u, s, v.T
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + p["B"] @ (self._turn(p) @ p["A"])).to(w.dtype)
+        return plus_product(w, p["B"], self._turn(p) @ p["A"])
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return self._turn(p) @ p["A"], p["B"]
@@ -115,7 +116,7 @@ class PSOFT(WeightMethod):
         # step by step only the r features between A and R are kept for backward; base.low_rank would keep x
         y = base(x)
         h = base.out(self._turn(p).to(y.dtype), base.apply(p["A"].to(y.dtype), x))
-        return y + base.out(p["B"].to(y.dtype), h)
+        return base.added(y, h, p["B"])
 
     def _turn(self, p: Tensors) -> Tensor:
         """:math:`R - I` (rank, rank)."""

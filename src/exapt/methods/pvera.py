@@ -11,6 +11,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -79,7 +80,7 @@ class PVeRA(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         d_out, d_in = w.shape
         left = p["lambda_b"][:, None] * p["B"][:d_out] * p["lambda_d"][: self.rank]
-        return (w + left @ p["A"][: self.rank, :d_in]).to(w.dtype)
+        return plus_product(w, left, p["A"][: self.rank, :d_in])
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         d_out, d_in = base.shape

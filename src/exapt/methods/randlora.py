@@ -11,6 +11,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.checks import check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -86,7 +87,7 @@ class RandLoRA(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._factors(p, w.shape[0], w.shape[1])
-        return (w + self.alpha / self.rank * b @ a).to(w.dtype)
+        return plus_product(w, b, a, self.alpha / self.rank)
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         d_out, d_in = base.shape

@@ -10,6 +10,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -81,7 +82,7 @@ class SALT(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         s = p["s"].diag()
-        return (w + p["U"] @ (self._values(p) - s) @ p["V"]).to(w.dtype)
+        return plus_product(w, p["U"] @ (self._values(p) - s), p["V"])
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         r = self.rank

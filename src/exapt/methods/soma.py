@@ -12,6 +12,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.rebased import difference
 from exapt.core.registry import register
 from exapt.core.sites import Site
@@ -83,7 +84,7 @@ class SoMA(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = difference(p)
-        return (w + self.factor * b @ a).to(w.dtype)
+        return plus_product(w, b, a, self.factor)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         a, b = difference(p)

@@ -8,6 +8,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.checks import check_finite, check_rank
 from exapt.core.contract import Tensors, WeightMethod, frozen
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -69,7 +70,7 @@ class SORSA(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = _product(p)
-        return (w + b @ a).to(w.dtype)
+        return plus_product(w, b, a)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return _product(p)

@@ -9,6 +9,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite
 from exapt.core.contract import Tensors, WeightMethod, frozen
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -60,7 +61,7 @@ class SVFit(WeightMethod):
         return {"s": s, "s0": frozen(s.clone()), "U": frozen(u[:, :r].contiguous()), "Vh": frozen(vh[:r].contiguous())}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + (p["U"] * (p["s"] - p["s0"])) @ p["Vh"]).to(w.dtype)
+        return plus_product(w, p["U"] * (p["s"] - p["s0"]), p["Vh"])
 
     def forward(self, p: Tensors, x: Tensor, base: Base) -> Tensor:
         return base.low_rank(x, p["Vh"], p["U"] * (p["s"] - p["s0"]))

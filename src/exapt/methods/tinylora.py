@@ -10,6 +10,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_finite
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -85,7 +86,7 @@ class TinyLoRA(WeightMethod):
         return {**own, "A": frozen(root[:, None] * vh[:r]), "B": frozen(u[:, :r] * root), "P": frozen(P)}
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
-        return (w + p["B"] @ (_combined(p) @ p["A"])).to(w.dtype)
+        return plus_product(w, p["B"], _combined(p) @ p["A"])
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return _combined(p) @ p["A"], p["B"]
@@ -94,7 +95,7 @@ class TinyLoRA(WeightMethod):
         # step by step only the r features between A and R are kept for backward; base.low_rank would keep x
         y = base(x)
         h = base.out(_combined(p).to(y.dtype), base.apply(p["A"].to(y.dtype), x))
-        return y + base.out(p["B"].to(y.dtype), h)
+        return base.added(y, h, p["B"])
 
 
 def _combined(p: Tensors) -> Tensor:

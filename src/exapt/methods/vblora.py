@@ -12,6 +12,7 @@ from exapt.core.base import Base
 from exapt.core.checks import check_divides
 from exapt.core.contract import Tensors, WeightMethod
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -81,7 +82,7 @@ class VBLoRA(WeightMethod):
 
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         a, b = self._factors(p)
-        return (w + b @ a).to(w.dtype)
+        return plus_product(w, b, a)
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return self._factors(p)

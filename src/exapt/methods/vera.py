@@ -9,6 +9,7 @@ from torch import Tensor
 from exapt.core.base import Base
 from exapt.core.contract import Tensors, WeightMethod, frozen, seeded
 from exapt.core.errors import InputError
+from exapt.core.products import plus_product
 from exapt.core.registry import register
 from exapt.core.sites import Site
 
@@ -66,7 +67,7 @@ class VeRA(WeightMethod):
     def weight(self, p: Tensors, w: Tensor) -> Tensor:
         d_out, d_in = w.shape
         left = p["lambda_b"][:, None] * p["B"][:d_out] * p["lambda_d"]
-        return (w + left @ p["A"][:, :d_in]).to(w.dtype)
+        return plus_product(w, left, p["A"][:, :d_in])
 
     def low_rank(self, p: Tensors, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return p["A"][:, : shape[1]], p["lambda_b"][:, None] * p["B"][: shape[0]] * p["lambda_d"]

@@ -77,7 +77,8 @@ def load_parts(model: nn.Module, parts: Sequence[Part], name: str, trainable: bo
     known = {s.name: s for s in sites(model)}
     plan = [(p.method, Sites(known[s] for s in p.tensors)) for p in parts]
     for method, chosen in plan:
-        lost = [s.name for s in chosen if s not in untied(chosen, method)]
+        apart = {s.name for s in untied(chosen, method)}
+        lost = [s.name for s in chosen if s.name not in apart]
         if lost:
             raise InputError(f"{lost[0]} shares its weight with another adapted layer; here a tied weight has one shift, so this adapter cannot be held")
     state = start(model, name)
