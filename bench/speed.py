@@ -72,7 +72,7 @@ def cell(key: str, kind: str, base: Any, repeats: int) -> dict[str, Any]:
     out = speed_memory.forked(lambda: {**speed_cell.pair(key, kind, base, repeats), "machine": machine()}, LIMIT)
     if "failed" not in out:
         sides = [s for s in ("exapt", "peft") if s in out["trainable"]]
-        found = {side: speed_memory.forked(partial(speed_memory.peak, side, key, kind, base), LIMIT) for side in sides}
+        found = {side: speed_memory.forked(partial(speed_memory.peak, side, key, kind, base, warm=True), LIMIT) for side in sides}
         out["peak"] = {side: [v["peak"]] for side, v in found.items() if "peak" in v}
         for side, v in found.items():
             if "failed" in v:

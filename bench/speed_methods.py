@@ -20,6 +20,7 @@ ALONE = ("bitfit", "adapter", "pfeiffer_adapter", "compacter", "ssf", "full")
 """Methods without a PEFT type that stand beside the frozen base only."""
 FIELDS: dict[str, dict[str, Any]] = {
     "alora": {"tokens": INVOCATION},
+    "pfeiffer_adapter": {"eps": 1e-12},  # of the norms of BERT and ViT
     "trainable_tokens": {"tokens": tuple(range(3, 19))},
     "cpt": {"tokens": tuple(range(3, 13)), "types": tuple([1, 2, 3, 4] * 2 + [1, 2])},
 }
@@ -39,6 +40,8 @@ UNSTARTED = {
     "lora_ga": "PEFT's start needs a preprocessing call of its own", "loftq": "PEFT quantises with bitsandbytes", "soma": "PEFT has no SoMA",
 }  # fmt: skip
 """Methods whose layers PEFT runs but whose start is not timed against it, and why."""
+IDLE = {("alora", "bert"): "PEFT's acts in causal language models only: here no parameter of it gets a gradient"}
+"""Methods that PEFT attaches to a family of models without acting there, so that its time is the frozen base's."""
 PENALISED = ("adalora",)
 """Methods whose penalty PEFT adds in its model's forward; a step of exapt adds it too. (Where PEFT leaves it to the training loop, neither counts it.)"""
 TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
@@ -95,6 +98,8 @@ def loss(key: str, model: Any, data: dict[str, Any]) -> Any:
 
 def peer(key: str, kind: str, model: nn.Module) -> dict[str, Any]:
     """The fields of PEFT's configuration, read from the export of exapt's adapter on ``model``."""
+    if (key, KINDS[kind].family) in IDLE:
+        raise RuntimeError(IDLE[key, KINDS[kind].family])
     with tempfile.TemporaryDirectory() as folder:
         exapt.export(model, Path(folder), format="peft")
         config = json.loads((Path(folder) / "adapter_config.json").read_text())

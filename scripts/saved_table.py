@@ -26,8 +26,8 @@ Written by `scripts/saved_table.py` from `bench/results/saved.json`; every numbe
   method builds. They weigh less the more tokens there are.
 
 {at} of {all} methods keep the least there is. Methods that need more than one linear layer (prompts, prefixes, side networks) are not in the table; a side
-network keeps nothing of the backbone, and PaCA only its columns, which tests hold them to. `fit(..., config=FitConfig(checkpointing=True))` keeps the
-inputs of whole blocks instead, with any method.
+network keeps nothing of the backbone, and PaCA only its columns, which tests hold them to. `fit(..., config=FitConfig(checkpointing=True))`, or
+`with exapt.recomputed(model)` in a training loop of one's own, keeps the inputs of whole blocks instead, with any method.
 """
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shift_results import ROOT, table
+from speed_more import sections
 
 RESULTS, PAGE, PICTURE = ROOT / "bench" / "results", ROOT / "docs" / "speed.md", ROOT / "docs" / "images" / "speed.png"
 ORDER = ("llama", "bert", "llama_12", "bert_12", "minilm", "vit", "smollm", "resnet")
@@ -226,13 +227,14 @@ and its backward down to the first hidden state, without a gradient of any param
 
 The matrices of methods run on 3 of 12 layers at full width (the Llama with a quarter of the vocabulary, so that the head keeps its share), LoRA
 on the whole models too. Where a start takes seconds it is measured once, where a step does, three times. Where there is a GPU the same command
-measures between CUDA events, in bfloat16, and the files say tokens per second; the numbers here are of a CPU, and the GPU's path has not been run.
+measures between CUDA events, in bfloat16; `bench/gpu.py` does LoRA on a Llama of 1.2 billion parameters there. Neither has been run on a GPU
+yet: the numbers here are of a CPU. Peaks of ViT, SmolLM2 and ResNet are from before a copy was adapted first, which keeps imports out of them.
 """
 
 
 def page(found: list[dict[str, Any]], beside: dict[str, Any] | None = None) -> str:
     lines = [INTRO.rstrip(), "", "![Training step of every method over PEFT's and over the frozen base's](images/speed.png)", ""]
-    lines += [*targets(found), *whole(found)]
+    lines += [*targets(found), *whole(found), *sections()]
     for r in found:
         lines += model(r)
     if beside is not None:
@@ -252,6 +254,7 @@ def readme(found: list[dict[str, Any]]) -> str:
         "many.json": "many adapters at once: mixed batches, switching, residents, loading, one token (`bench/many.py`)",
         "growth.json": "how cost grows (`bench/growth.py`), [the plot](../../docs/images/growth.png)",
         "compiled.json": "what `torch.compile` gains (`bench/compiled.py`)", "saved.json": "docs/saved.md",
+        "profile.json": "where a step's time goes (`bench/speed_profile.py`)", "gpu.json": "LoRA on a GPU (`bench/gpu.py`)",
         "methods.json": "every method on one real task", "shift_*.json": "docs/shift_results.md", "algebra.json": "docs/algebra_results.md",
     }  # fmt: skip
     lines += [f"- `{name}`: {text}" for name, text in others.items() if list(RESULTS.glob(name))]
@@ -264,6 +267,7 @@ def draw(found: list[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     models = [r for r in found if r["model"] in ("llama", "bert")]
     steps = {r["model"]: {k: m["rows"]["step"] for k, m in r["methods"].items() if "step" in m.get("rows", {})} for r in models}
@@ -284,6 +288,7 @@ def draw(found: list[dict[str, Any]]) -> None:
                 label = f"{'PEFT' if side == 'peft_frozen' else 'exapt'}, {name}"
                 axis.errorbar(x, [y for _, y in dots], xerr=bars, fmt="o", ms=4, color=colours[name], mfc=filled, lw=0.8, label=label)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="x", which="both", labelsize=7)

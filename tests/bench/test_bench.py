@@ -121,9 +121,22 @@ def test_the_smallest_run_writes_results(tmp_path: Path, table: ModuleType, page
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["many", "growth"])
-def test_other_benchmarks_run(name: str, tmp_path: Path) -> None:
-    more = ["--picture", str(tmp_path / "growth.png"), "--out", str(tmp_path / "growth.json")] if name == "growth" else ["--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, str(BENCH / f"{name}.py"), "--quick", *more], capture_output=True, text=True, timeout=600, env=os.environ)
+@pytest.mark.parametrize(("script", "result"), [("many", "many"), ("growth", "growth"), ("speed_profile", "profile"), ("gpu", "gpu")])
+def test_other_benchmarks_run(script: str, result: str, tmp_path: Path) -> None:
+    if script == "gpu":
+        pytest.importorskip("peft")
+    one_file = script in ("growth", "gpu")
+    more = ["--out", str(tmp_path / f"{result}.json" if one_file else tmp_path)]
+    more += ["--picture", str(tmp_path / "growth.png")] if script == "growth" else []
+    done = subprocess.run([sys.executable, str(BENCH / f"{script}.py"), "--quick", *more], capture_output=True, text=True, timeout=600, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(json.loads((tmp_path / f"{name}.json").read_text())) >= 4
+    found = json.loads((tmp_path / f"{result}.json").read_text())
+    assert len(found) >= 4
+    if script == "speed_profile":
+        lora = found["methods"]["lora"]
+        assert lora["floor"] == pytest.approx(1 + max(lora["products"], 0.0), abs=2e-3)
+        assert lora["products"] > 0
+        assert 0 < lora["products of the base"] < 1
+    if script == "gpu":
+        assert {"frozen", "exapt lora", "peft lora", "exapt dora", "whole"} <= found["step"].keys() == found["token"].keys()
+        assert found["step"]["exapt lora"]["tokens_per_second"] > 0
