@@ -45,7 +45,8 @@ docs: $(STAMP)
 	@echo "docs/_build/html/index.html"
 
 bench: $(STAMP)
-	@set -e; for f in bench/speed.py "bench/speed_adapters.py $(ADAPTERS)" bench/methods.py; do echo "== $$f"; $(RUN) $(BIN)/python $$f; done
+	@set -e; for f in bench/speed.py "bench/speed_adapters.py $(ADAPTERS)" bench/speed_profile.py bench/methods.py; do \
+		echo "== $$f"; $(RUN) $(BIN)/python $$f; done
 	@$(BIN)/python scripts/speed_results.py
 
 bench-shift: $(STAMP)
