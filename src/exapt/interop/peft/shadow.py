@@ -97,7 +97,7 @@ class ShadowCodec(Codec):
 def _places(model: nn.Module) -> tuple[str, list[str]]:
     """Names of the token embedding and of the blocks."""
     found = sites(model)
-    embedding, blocks = ([s.name for s in found if s.role == role] for role in ("embedding", "block"))
+    embedding, blocks = ([s.name for s in found if s.role.partition(".")[0] == role] for role in ("embedding", "block"))
     if len(embedding) != 1 or not blocks:
         raise InputError("SHADOW is read and written for decoders with one token embedding in front of their blocks, as Llama's; this model is none")
     return embedding[0], blocks
