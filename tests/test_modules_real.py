@@ -166,7 +166,10 @@ FILLED: dict[str, dict[str, float]] = {
 # Methods that start elsewhere than at the base model on some models only, and tensors that get no gradient there.
 FRAMES = dict.fromkeys(("spatial_temporal_heads", "zeroi2v_video"), "with several frames, heads look at the frame before from the start")
 MOVED = {"minilm": FRAMES, "smollm": {**FRAMES, "unmasked": "it lets tokens see those behind them, which BERT's do from the start"}, "vit": FRAMES}
-NO_GRADIENT = {"minilm": {"glora": "it scales biases, and those of MiniLM's pooler are zero"}}
+NO_GRADIENT = {
+    "minilm": {"glora": "it scales biases, and those of MiniLM's pooler are zero"},
+    "vit": {"glora": "one number added to all of the last block's features, which the layer norm behind takes away"},
+}
 
 
 def text(rows: int = 8) -> dict[str, Tensor]:

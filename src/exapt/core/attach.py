@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -184,7 +184,8 @@ class Fresh:
 
 def hang(model: nn.Module, state: State, name: str, plan: Sequence[tuple[Method, Sites]], source: Any) -> None:
     """Hangs an adapter's tensors, from ``source``, under their modules."""
-    holders, fusing = _holders(model), _fusing(model)
+    modules = dict(walk(model))
+    holders, fusing = _holders(modules.values()), {path: m for path, m in modules.items() if isinstance(m, _FUSING)}
     for number, (method, chosen) in enumerate(plan):
         common = source.shared(number, method, chosen)
         if common is not None:
@@ -294,11 +295,7 @@ def _read_by_parent(site: Site, above: Sequence[nn.Module]) -> bool:
 
 
 _FUSING = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
-def _fusing(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that may run their children's work themselves, by their paths."""
-    return {path: m for path, m in walk(model) if isinstance(m, _FUSING)}
+"""Modules that may run their children's work themselves."""
 
 
 def _above(site: Site, fusing: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -316,12 +313,13 @@ def tied(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """
     if replication(model) is not None:
         raise InputError("replicated layers share their parameters, and a merge would write one layer's shift into all of them; keep the adapter attached")
-    return _holders(model)
+    return _holders(m for _, m in walk(model))
 
 
-def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def _holders(modules: Iterable[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Modules that hold the same parameter, by its identity."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, module in walk(model):
+    for module in modules:
         for parameter, value in module._parameters.items():
             if value is not None:
                 holders.setdefault(id(value), []).append((module, parameter))

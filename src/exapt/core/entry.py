@@ -34,13 +34,20 @@ class Holder(nn.Module):
             kind = dtype if dtype and t.is_floating_point() else t.dtype
             if value.device != device or value.dtype != kind:
                 value = value.to(device=device, dtype=kind)
+            value = _aligned(value.contiguous())
             if fixed:
-                self.register_buffer(name, value.contiguous(), persistent=cast(Any, t).persistent)
+                self.register_buffer(name, value, persistent=cast(Any, t).persistent)
             else:  # not by register_parameter, which looks for an attribute of that name first: there are thousands of these
-                self._parameters[name] = nn.Parameter(value.contiguous())
+                self._parameters[name] = nn.Parameter(value)
 
     def tensors(self) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], {**self._parameters, **self._buffers})
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor at an address as torch's own allocations have it: what a file's reader made may lie elsewhere, where some processors' products
+    come out different in the last bit, and a saved adapter would not give again what it gave."""
+    return t.clone() if type(t) is Tensor and t.device.type == "cpu" and t.data_ptr() % 64 else t
 
 
 class Notes(dict[str, Tensor]):

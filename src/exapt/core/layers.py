@@ -227,6 +227,14 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             waiting += [(prefix + key, m) for key, m in reversed(module._modules.items()) if m is not None and key != "exapt"]
 
 
+def holds_parameters(module: nn.Module, known: dict[nn.Module, bool]) -> bool:
+    """Whether a module or one inside it holds a parameter, adapters aside; each is looked into once and noted in ``known``."""
+    if module not in known:
+        own = any(p is not None for p in module._parameters.values())
+        known[module] = own or any(m is not None and k != "exapt" and holds_parameters(m, known) for k, m in module._modules.items())
+    return known[module]
+
+
 def _parameter(m: nn.Module, name: str) -> Tensor:
     stored = m._parameters[name]
     assert stored is not None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from exapt.core.layers import CONV, CONV_TRANSPOSED, NORMS, walk
+from exapt.core.layers import CONV, CONV_TRANSPOSED, NORMS, holds_parameters, walk
 
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"(qkv|qkv_proj|c_attn|query_key_value|in_proj|in_proj_weight|Wqkv)$", "attention.qkv"),
@@ -32,11 +32,12 @@ _PATTERNS = tuple((re.compile(r"(^|\.)" + pattern), role) for pattern, role in _
 
 def _blocks(modules: dict[str, nn.Module]) -> Iterator[str]:
     """Names of repeated composite modules: members of a list or sequence that share their class and hold layers."""
+    held: dict[nn.Module, bool] = {}
     for name, module in modules.items():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
             continue
         kinds = {type(c) for c in module}
-        composite = all(not is_leaf(c) and any(True for _ in c.parameters()) for c in module)
+        composite = all(not is_leaf(c) and holds_parameters(c, held) for c in module)
         if composite and len(kinds) == 1 and not isinstance(module[0], nn.ModuleList):
             yield from (f"{name}.{i}" if name else str(i) for i in range(len(module)))
 
@@ -80,7 +81,11 @@ def roles(model: nn.Module) -> dict[str, str]:
     >>> roles(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)))
     {'': 'model', '0': 'linear', '1': 'norm', '2': 'head'}
     """
-    modules = dict(walk(model))
+    return roles_of(dict(walk(model)))
+
+
+def roles_of(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """As :func:`roles`, of a model's modules by their names."""
     blocks = set(_blocks(modules))
     outer = {b for b in blocks if not _inside(b, blocks)}
     head = _head(modules, blocks)

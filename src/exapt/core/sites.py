@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from exapt.core.errors import InputError, did_you_mean
-from exapt.core.layers import Layer, dense, feature_layout, is_quantised, layers_of, walk
-from exapt.core.roles import named_role, roles
+from exapt.core.layers import Layer, dense, feature_layout, holds_parameters, is_quantised, layers_of, walk
+from exapt.core.roles import named_role, roles_of
 
 Where = str | Callable[["Site"], bool] | Iterable[Any]
 
@@ -135,13 +135,14 @@ def sites(model: nn.Module) -> Sites:
     0  [linear] 8x4
     2  [head] 2x8
     """
-    known = roles(model)
+    modules = dict(walk(model))
+    known = roles_of(modules)
     found = Sites()
     held: dict[nn.Module, bool] = {}
-    for name, module in walk(model):
+    for name, module in modules.items():
         layers = layers_of(module)
         main = next((x for x in layers if x.parameter == "weight"), None)
-        if main is None and name and not _holds(module, held):
+        if main is None and name and not holds_parameters(module, held):
             continue
         found.append(Site(name, module, name, known[name], main))
         for layer in layers:
@@ -155,14 +156,6 @@ def sites(model: nn.Module) -> Sites:
 def site_of(model: nn.Module) -> Site:
     """The site that the whole model is: the first of :func:`sites`."""
     return Site("", model, "", "model", next((x for x in layers_of(model) if x.parameter == "weight"), None))
-
-
-def _holds(module: nn.Module, held: dict[nn.Module, bool]) -> bool:
-    """Whether a module or one inside it holds a parameter; each is looked into once."""
-    if module not in held:
-        own = any(p is not None for p in module._parameters.values())
-        held[module] = own or any(m is not None and k != "exapt" and _holds(m, held) for k, m in module._modules.items())
-    return held[module]
 
 
 def _feed_forwards(found: Sites) -> Sites:
