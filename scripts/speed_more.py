@@ -11,24 +11,13 @@ from shift_results import ROOT, table
 RESULTS = ROOT / "bench" / "results"
 
 
-def read(name: str) -> dict[str, Any] | None:
-    """One file of results, if it is there."""
-    path = RESULTS / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def ratio(found: dict[str, float] | None) -> str:
     """A median with its interval."""
     return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
 
 
-def floors() -> Iterator[str]:
+def floors(found: dict[str, Any]) -> Iterator[str]:
     """Where a step's time goes beyond the base's."""
-    found = read("profile.json")
-    if found is None:
-        return
-    yield "## Where a step's time goes, and the floor"
-    yield ""
     yield "A training step under torch's profiler beside the frozen base's, in turn, in shares of the base's step: what the method adds in products"
     yield "(matrices, batches of them, Fourier transforms), in other operations (element by element, copies) and outside torch's operations (Python,"
     yield "autograd). The **floor** is 1 and the products: what would be left of this way to compute it if all else were fused away. `bench/speed_profile.py`,"
@@ -42,13 +31,8 @@ def floors() -> Iterator[str]:
     yield from table(["method", "rank", "step / frozen", "floor", "products", "other operations", "outside"], rows)
 
 
-def many() -> Iterator[str]:
+def many(found: dict[str, Any]) -> Iterator[str]:
     """Mixed batches, switching, residents, loading."""
-    found = read("many.json")
-    if found is None:
-        return
-    yield "## Many adapters at once"
-    yield ""
     yield f"One forward of a batch whose rows use different LoRAs (ranks 4, 8 and 16), over the bare base's ({found['model']}; `bench/many.py`,"
     yield f"{found['repeats']} repetitions in turn):"
     yield ""
@@ -66,13 +50,8 @@ def many() -> Iterator[str]:
     yield ""
 
 
-def compiled() -> Iterator[str]:
+def compiled(found: dict[str, Any]) -> Iterator[str]:
     """What torch.compile gains."""
-    found = read("compiled.json")
-    if found is None:
-        return
-    yield "## torch.compile"
-    yield ""
     yield "Compiled over eager, by method (`bench/compiled.py`): a training step of 4 rows of 64 tokens, and one token without gradients."
     yield ""
     rows = [
@@ -82,13 +61,8 @@ def compiled() -> Iterator[str]:
     yield from table(["method", "step", "one token", "compiling"], rows)
 
 
-def growth() -> Iterator[str]:
+def growth(found: dict[str, Any]) -> Iterator[str]:
     """The fitted exponents."""
-    found = read("growth.json")
-    if found is None:
-        return
-    yield "## How cost grows"
-    yield ""
     yield "A LoRA's verbs against the number of sites, the rank, the width and the adapters that are resident, fitted as size ** exponent over the"
     yield "larger half of the sizes (`bench/growth.py`); what the maths asks at most stands behind."
     yield ""
@@ -105,13 +79,8 @@ def growth() -> Iterator[str]:
     yield ""
 
 
-def gpu() -> Iterator[str]:
+def gpu(found: dict[str, Any]) -> Iterator[str]:
     """LoRA on one GPU."""
-    found = read("gpu.json")
-    if found is None:
-        return
-    yield "## On a GPU"
-    yield ""
     yield f"{found['model']}, on one {found['machine']['gpu']}, between CUDA events, the sides in turn (`bench/gpu.py`). Peak memory of a step with"
     yield "AdamW, its state among it, above that of the adapted model."
     yield ""
@@ -124,7 +93,16 @@ def gpu() -> Iterator[str]:
     yield ""
 
 
+PARTS = (
+    ("profile.json", "Where a step's time goes, and the floor", floors), ("gpu.json", "On a GPU", gpu), ("many.json", "Many adapters at once", many),
+    ("compiled.json", "torch.compile", compiled), ("growth.json", "How cost grows", growth),
+)  # fmt: skip
+
+
 def sections() -> Iterator[str]:
-    """All of them."""
-    for part in (floors, gpu, many, compiled, growth):
-        yield from part()
+    """All of them that were measured."""
+    for name, title, part in PARTS:
+        path = RESULTS / name
+        if path.is_file():
+            yield from (f"## {title}", "")
+            yield from part(json.loads(path.read_text(encoding="utf-8")))

@@ -228,7 +228,8 @@ and its backward down to the first hidden state, without a gradient of any param
 The matrices of methods run on 3 of 12 layers at full width (the Llama with a quarter of the vocabulary, so that the head keeps its share), LoRA
 on the whole models too. Where a start takes seconds it is measured once, where a step does, three times. Where there is a GPU the same command
 measures between CUDA events, in bfloat16; `bench/gpu.py` does LoRA on a Llama of 1.2 billion parameters there. Neither has been run on a GPU
-yet: the numbers here are of a CPU. Peaks of ViT, SmolLM2 and ResNet are from before a copy was adapted first, which keeps imports out of them.
+yet: the numbers here are of a CPU. Peaks of ViT and SmolLM2, and of those ResNet cells that were not measured again, are from before a copy was
+adapted first, which keeps imports out of them.
 """
 
 

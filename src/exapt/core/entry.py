@@ -45,8 +45,7 @@ class Holder(nn.Module):
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """The tensor at an address as torch's own allocations have it: what a file's reader made may lie elsewhere, where some processors' products
-    come out different in the last bit, and a saved adapter would not give again what it gave."""
+    """The tensor at an address such as torch allocates. What a reader of files made may lie elsewhere, where products can end in another last bit."""
     return t.clone() if type(t) is Tensor and t.device.type == "cpu" and t.data_ptr() % 64 else t
 
 

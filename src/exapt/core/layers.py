@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+NORMS = (nn.LayerNorm, nn.GroupNorm, BATCH_NORM, nn.modules.instancenorm._InstanceNorm)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from exapt.core.errors import InputError
+from exapt.core.layers import BATCH_NORM
 from exapt.core.prompts import cached_length
 from exapt.core.roles import roles
 from exapt.core.state import State, adapters, state_of
 
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -64,7 +64,7 @@ def _recompute(block: nn.Module, state: State | None, *args: Any, **kwargs: Any)
     plain = not block.training or not torch.is_grad_enabled() or (slots is not None and slots.chain.sides)
     caches = {k: kwargs[k] for k in _CACHES if kwargs.get(k) is not None}
     held = any(not hasattr(c, "get_seq_length") or cached_length(c) for c in caches.values())  # tokens of an earlier call, which the block has to see
-    if plain or held or any(isinstance(m, _BATCH_NORMS) and m.training for m in block.modules()):
+    if plain or held or any(isinstance(m, BATCH_NORM) and m.training for m in block.modules()):
         return forward(*args, **kwargs)
     kwargs |= dict.fromkeys(caches)  # running again would add to it once more
     again = contextlib.nullcontext() if state is None else _AsItWas(state)

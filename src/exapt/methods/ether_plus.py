@@ -45,6 +45,7 @@ class ETHERPlus(WeightMethod):
     equation = r"W' = (I - \hat u' \hat u'^\top + \hat v' \hat v'^\top)\, W\, (I - \hat u \hat u^\top + \hat v \hat v^\top)"
     golden = "NumPy"
     full_precision = True
+
     blocks: int = 1
     two_sided: bool = True
 

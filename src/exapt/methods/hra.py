@@ -48,6 +48,7 @@ class HRA(WeightMethod):
     equation = r"W' = W \prod_{i=1}^r (I - 2 \hat u_i \hat u_i^\top)"
     golden = "PEFT"
     full_precision = True
+
     rank: int = 8
     apply_GS: bool = False
     orthogonality: float = 0.0

@@ -59,7 +59,7 @@ class LoRASB(WeightMethod):
     exceptions: ClassVar = {
         "identity": "training begins at the estimated first step of full fine-tuning",
         "quantised": "the estimated step needs the weight's gradient, which a quantised weight has not",
-        "precision": "signs of a gradient near zero come out differently from a model in half precision",
+        "precision": "singular vectors of small values of the estimated step come out differently from a model in half precision",
     }
 
     rank: int = 32

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from exapt.core.errors import InputError
-from exapt.core.layers import is_quantised
+from exapt.core.layers import BATCH_NORM, is_quantised
 from exapt.core.roles import roles
 from exapt.core.state import adapters
 from exapt.train.config import FitConfig
-
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 def fabric_of(config: FitConfig) -> Any:
@@ -88,7 +86,7 @@ def sharded_like(value: Tensor, like: Tensor) -> Tensor:
 
 def to_bfloat16(model: nn.Module) -> None:
     """Casts the base's floating-point parameters in place; adapters, batch norms and quantised weights stay as they are."""
-    spared = {id(p) for m in model.modules() if isinstance(m, _BATCH_NORMS) for p in m.parameters()}
+    spared = {id(p) for m in model.modules() if isinstance(m, BATCH_NORM) for p in m.parameters()}
     for name, p in model.named_parameters():
         if ".exapt." not in f".{name}" and p.is_floating_point() and not is_quantised(p) and id(p) not in spared:
             p.data = p.data.to(torch.bfloat16)
@@ -99,7 +97,7 @@ def training_mode(model: nn.Module) -> None:
     model.train()
     if adapters(model):
         for module in model.modules():
-            if isinstance(module, _BATCH_NORMS):
+            if isinstance(module, BATCH_NORM):
                 module.eval()
 
 
